@@ -97,6 +97,7 @@ def test_values_and_products_are_those_of_attention_written_out(name):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-12 * np.abs(np.asarray(b)).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @jax.default_matmul_precision("highest")  # on a GPU both would be TF32 otherwise, in different orders
 def test_lengths_scale_and_dtypes_are_those_of_jax(dtype):
@@ -150,6 +151,7 @@ def temporary_bytes(attend, length):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_a_product_takes_memory_that_is_linear_in_the_sequence():
     """Lengths at which blocks no longer count; slope of the logarithms at most 1.1.
 
@@ -184,6 +186,7 @@ def test_the_platform_is_that_of_the_default_device(monkeypatch):
         assert _platform() == "cpu"
 
 
+@pytest.mark.slow
 def test_shapes_that_do_not_fit_are_refused():
     q, k, v = inputs(groups=3, dtype=jnp.float32)
     with pytest.raises(spectra.StructureError, match="multiple of K"):

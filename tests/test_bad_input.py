@@ -242,6 +242,7 @@ def test_overflow_is_told_from_a_loss_that_has_no_value(made):
         op.as_matrix()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", [False, True], ids=["batch", "stream"])
 def test_labels_outside_of_the_classes_are_named(split):
     """The NaN does not reach the derivatives: products alone are finite, in float64 as in float32."""
@@ -260,12 +261,14 @@ def test_labels_outside_of_the_classes_are_named(split):
     assert "overflow" not in str(e.value)
 
 
+@pytest.mark.slow
 def test_products_that_are_zero_are_no_unit_of_what_columns_are():
     op = spectra.FunctionOperator(lambda v: jnp.where(jnp.count_nonzero(v) == 1, v, 0), jnp.zeros(4))
     with pytest.raises(spectra.NotSymmetricError, match="more than zero, though products are zero"):
         spectra.trace(op, key=None, method="exact")
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_on_one_batch_of_a_stream():
     x, m = Ridge().batch()
     op = Ridge().operator([(x, m), (x.at[0, 0].set(jnp.nan), m)])
@@ -285,6 +288,7 @@ def test_a_product_that_turns_nan_half_way():
         spectra.lanczos(op, jnp.zeros(64).at[0].set(1.0), 40)
 
 
+@pytest.mark.slow
 def test_overflow_in_a_product():
     op = spectra.MatrixOperator(np.full((2, 2), 3e38, np.float32))
     for name, call in run_all(op):
@@ -703,6 +707,7 @@ def test_dicts_with_keys_of_several_types(call):
         call({"a": jnp.ones(2), 0: jnp.ones(2)})
 
 
+@pytest.mark.slow
 def test_whole_numbers_of_any_type_are_whole_numbers():
     first, *others = (
         spectra.trace(SMALL, method="hutchinson", num_matvecs=count, **KEYED).value

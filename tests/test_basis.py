@@ -33,6 +33,7 @@ def test_every_leaf_is_drawn_with_a_key_of_its_own(distribution, dtype):
         np.testing.assert_allclose(drawn[name], expected, rtol=10 * float(np.finfo(dtype).eps))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("generator", slow_but(["threefry2x32", "counted otherwise", "rbg"], "threefry2x32"))
 def test_leaves_that_are_drawn_together_are_those_drawn_alone(generator):
     """Of any size, by any generator; what a row has beyond its leaf enters no norm."""
@@ -122,6 +123,7 @@ def test_a_row_is_written_and_read_and_no_other(form, packed):
         np.testing.assert_array_equal(got, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])
 def test_rows_are_written_and_read_as_is_fast_elsewhere(platform, x64, monkeypatch):
     """A run with the forms of another platform, on this one: T is the projection of H on orthonormal rows."""

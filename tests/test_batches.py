@@ -104,6 +104,7 @@ def single_loss(p, x):
     return jnp.mean(jnp.tanh(x @ p["a"]) ** 2)
 
 
+@pytest.mark.slow
 def test_a_list_is_one_batch_or_a_stream(x64):
     y = np.ones(12)
     with pytest.raises(DataError, match=r"one batch or a stream of 2.*data=tuple\(data\).*lambda: iter"):
@@ -173,6 +174,7 @@ def test_arrays_that_were_donated():
             call()
 
 
+@pytest.mark.slow
 def test_products_with_a_matrix(x64):
     ridge = Ridge(width=4)
     for op, factor in ((ridge.operator(), 1.0), (2.0 * ridge.operator(ridge.parts(5)), 2.0)):
@@ -182,6 +184,7 @@ def test_products_with_a_matrix(x64):
         _ = ridge.operator() @ np.eye(5, dtype=int)
 
 
+@pytest.mark.slow
 def test_a_vector_in_the_dtype_of_half_precision_parameters():
     ridge = Ridge(width=4)
     params = ridge.params(jnp.bfloat16)
@@ -200,6 +203,7 @@ def spectra_loss(params, batch):
     return jnp.mean(jnp.tanh(batch[0] @ params["w"] + params["b"]) ** 2)
 
 
+@pytest.mark.slow
 def test_leaves_without_numbers_are_no_blocks():
     params = {"a": PARAMS["a"].astype(np.float32), "none": np.ones((0, 3), np.float32)}
     op = HessianOperator(single_loss, params, X.astype(np.float32))

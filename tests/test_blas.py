@@ -74,6 +74,7 @@ METHODS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but(METHODS, "xtrace"))
 def test_methods_use_it_between_their_products(name, monkeypatch):
     """Small problems run on one thread, and products see the number of the caller."""

@@ -56,6 +56,7 @@ def test_bounds_of_a_table_hold_where_asymmetry_does_not_show_what_a_loss_rounds
         assert q.noise_floor <= 1e-3 * np.abs(values).max(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moved", [False, True])
 def test_what_is_measured_of_a_block_is_that_of_the_block_itself(moved, monkeypatch):
     """By products in float64, and by those of moved operators: within a factor of each block's own."""

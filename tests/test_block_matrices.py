@@ -97,12 +97,14 @@ def test_no_matrix_is_computed_before_it_is_asked_for(made):
     assert len(made) == 1
 
 
+@pytest.mark.slow
 def test_groups_are_no_larger_than_a_matrix_may_be(made, monkeypatch):
     monkeypatch.setattr(matrices, "LARGEST", 9)
     list(matrices.matrices_of(spectra.HessianOperator(loss_fn, *problem()).blocks()))
     assert sorted(made) == [4, 8, 8, 16, 16]  # bias and gain of either layer together
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "ask", slow_but([spectra.summary, spectra.condition_number], spectra.condition_number)
 )
@@ -122,6 +124,7 @@ def test_the_loss_is_evaluated_once_for_all_blocks(ask, monkeypatch):
     assert evaluated == [None]
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_is_found_before_its_blocks():
     params, x = problem()
     op = spectra.HessianOperator(lambda p, x: loss_fn(p, x) * jnp.nan, params, x)

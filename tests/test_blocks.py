@@ -71,6 +71,7 @@ def test_a_block_is_a_principal_submatrix(name, x64):
     assert np.abs(np.asarray(many["B"]).reshape(3, 6) - vectors @ dense[9:15, 9:15]).max() <= 4 * limit
 
 
+@pytest.mark.slow
 def test_a_block_differentiates_its_own_leaves_only():
     """The gradient stops at the last layer: half the operations, as the compiler counts them."""
     net = Network()
@@ -164,6 +165,7 @@ def scanned_loss(params, x):
     return jnp.mean((jax.checkpoint(network)(params["layers"], x) @ params["out"]["w"]) ** 2)
 
 
+@pytest.mark.slow
 def test_scanned_layers_are_blocks_of_their_own(x64):
     rng = np.random.default_rng(0)
     layers = {"bias": rng.standard_normal((3, 2)), "dense": {"kernel": rng.standard_normal((3, 2, 2))}}
@@ -200,6 +202,7 @@ def test_a_scan_that_differentiation_has_made_is_read():
     np.testing.assert_allclose(op.as_matrix(), [[18.0, 24.0], [24.0, 8.0]])  # of (w_0 w_1)²
 
 
+@pytest.mark.slow
 def test_stacks_that_no_scan_shows_are_chosen():
     """An ensemble under `jax.vmap`."""
     members = {"net": {"w": jnp.ones((3, 2)), "b": jnp.ones(3)}, "scale": jnp.ones(2)}
@@ -224,6 +227,7 @@ def test_stacks_that_no_scan_shows_are_chosen():
         scalar.blocks(scanned="scale")
 
 
+@pytest.mark.slow
 def test_an_empty_leaf_is_no_block(x64):
     """H = diag(12 a²) for the quartic Σ a⁴: traces, and what divides by a size, where a leaf has none."""
     params = {"empty": jnp.zeros((0, 3)), "layer": {"a": jnp.arange(1.0, 4.0), "none": jnp.zeros(0)}}
@@ -255,6 +259,7 @@ def test_the_block_of_everything_is_the_operator(name, x64):
     assert relative_error(op.block("*").as_matrix(), dense) <= limit
 
 
+@pytest.mark.slow
 def test_slq_of_all_blocks_shares_the_code_of_the_recurrence(x64):
     from spectra.krylov import recurrence
 
@@ -280,6 +285,7 @@ def test_slq_of_all_blocks_shares_the_code_of_the_recurrence(x64):
     np.testing.assert_allclose(alone.nodes, results["layer 1"].nodes, rtol=0, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_pictures_and_files_of_blocks(tmp_path):
     mpl.use("Agg")
     values = {"a/kernel": jnp.linspace(-1.0, 1.0, 40), "a/bias": jnp.linspace(0.0, 100.0, 60)}
@@ -319,6 +325,7 @@ def test_distances_between_spectra():
         spectra.spectral_distances(results, metric="euclidean")
 
 
+@pytest.mark.slow
 def test_wasserstein_distances_between_known_spectra():
     """∫ |F⁻¹ - G⁻¹| of the exact eigenvalues; with n steps every rule is exact but for its weights."""
     base = np.linspace(1.0, 2.0, 60)

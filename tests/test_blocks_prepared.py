@@ -59,6 +59,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but(KINDS, "centred", "sum"))
 def test_products_are_those_of_each_block_alone(name, x64):
     op = KINDS[name](jnp.float64)

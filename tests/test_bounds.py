@@ -80,6 +80,7 @@ def check(result, eigenvalues):
 QUICK = ("one zero, both signs", "twenty zeros, three decades", "symmetric", "close to the edge")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but(SPECTRA, *QUICK))
 def test_without_a_matrix_bounds_bound_and_values_are_values(name):
     entries = np.asarray(SPECTRA[name], np.float32)
@@ -98,6 +99,7 @@ def test_a_dense_matrix_in_float32_is_within_its_error_of_the_one_in_float64(nam
     check(result, np.where(SPECTRA[name] == 0, 0.0, SPECTRA[name]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", slow_but([5, 6000], 5))
 def test_small_and_large_orders(n):
     rng = np.random.default_rng(n)
@@ -117,6 +119,7 @@ def test_small_and_large_orders(n):
         assert result.rank_tol <= 1.01 * 2 * (4 * 4 + 2 * min(10 + np.sqrt(n) / 2, 64)) * EPS
 
 
+@pytest.mark.slow
 def test_an_eigenvalue_that_is_alone_just_below_a_cluster_is_found():
     n = 6000
     rng = np.random.default_rng(0)
@@ -139,6 +142,7 @@ def test_a_million_eigenvalues_far_from_zero():
     assert result.effective_interval.upper < 22
 
 
+@pytest.mark.slow
 def test_a_condition_number_of_1e4_in_float32_from_a_dense_matrix():
     n = 1500
     turn = rotation(n)
@@ -178,6 +182,7 @@ def single_probes(entries, steps):
         yield dataclasses.replace(q, **{name: np.asarray(getattr(q, name))[i : i + 1] for name in names})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", slow_but([8, 30], 30))
 @pytest.mark.parametrize("name", slow_but(EXTREMES, "near zero with tails", "one negative outlier"))
 def test_extremes_have_a_bound_inside_and_a_limit_outside(name, steps):
@@ -193,6 +198,7 @@ def test_extremes_have_a_bound_inside_and_a_limit_outside(name, steps):
     assert misses.max() <= binom.isf(1e-4, ROWS, 1 - LEVEL)
 
 
+@pytest.mark.slow
 def test_extremes_are_as_sharp_as_the_steps_allow():
     """A unique outlier converges to rounding, and its limit with it; a dense edge leaves a few per cent."""
     report = spectra.spectrum(
@@ -211,6 +217,7 @@ def test_extremes_are_as_sharp_as_the_steps_allow():
     assert 0 < edge.smallest.estimate - edge.smallest.lower < 0.03 * 3.0
 
 
+@pytest.mark.slow
 def test_what_has_not_converged_is_said_to_be_a_bound():
     quadrature = next(single_probes(EXTREMES["near zero with tails"], 8))
     report = spectra.spectrum(
@@ -227,6 +234,7 @@ def test_what_has_not_converged_is_said_to_be_a_bound():
     assert bound >= report.smallest.upper, "rounded to the side on which it is true"
 
 
+@pytest.mark.slow
 def test_a_history_does_not_hide_a_wrong_sign(tmp_path):
     def loss_fn(p, b):
         return jnp.mean((jnp.tanh(b[0] @ p["w"]) @ p["v"] - b[1]) ** 2)
@@ -254,6 +262,7 @@ def test_a_history_does_not_hide_a_wrong_sign(tmp_path):
     assert any(values[0] < 0 < history.smallest[i] for i, values in enumerate(exact)), "the case in question"
 
 
+@pytest.mark.slow
 def test_older_files_keep_what_they_said():
     new = spectra.SpectrumTracker(lambda _: Diagonal(jnp.linspace(-1.0, 3.0, 60)), 1)(0, None)
     old = dataclasses.replace(new, smallest=spectra.Interval(-1.1, -1.0, -0.9), level=None)

@@ -76,6 +76,7 @@ def test_what_is_stated_holds_the_rounding_of_the_parts(make):
     assert low <= np.trace(dense) <= high
 
 
+@pytest.mark.slow
 def test_a_shift_that_cancels_leaves_the_rounding_of_what_it_cancels():
     shift = 3e3
     for seed in range(20):
@@ -120,6 +121,7 @@ def test_a_large_diagonal_hides_nothing_of_the_spread_of_signs():
     assert np.mean(stderr) <= 1.5 * np.sqrt(np.mean(error**2))
 
 
+@pytest.mark.slow
 def test_asymmetry_names_a_shift_that_cancels():
     noise = np.random.default_rng(0).standard_normal((60, 60)) / np.sqrt(60)
     op = spectra.MatrixOperator(np.asarray(1e5 * np.eye(60) + noise, np.float32)).shift(-1e5)
@@ -169,6 +171,7 @@ def test_a_comparison_holds_the_rounding_of_both(step, probes):
         assert found.frobenius.upper <= 3 * truth + 1e-6
 
 
+@pytest.mark.slow
 def test_factors_of_a_product_do_not_cancel():
     """A (-A) is -A²: that A - A is nothing says nothing of it."""
     numbers = np.arange(1.0, 81.0)
@@ -186,6 +189,7 @@ def _near_a_multiple_of_the_identity(seed, shift, dtype):
     return np.asarray(shift * np.eye(N) + noise + noise.T, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("around", slow_but(["a submatrix", "a preconditioner"], "a preconditioner"))
 def test_a_shift_that_cancels_inside_of_another_operator_is_in_its_floor(around):
     """Only the outermost operator was asked: 13 of these 20 calls stated less than they were off by."""
@@ -206,6 +210,7 @@ def test_a_shift_that_cancels_inside_of_another_operator_is_in_its_floor(around)
     assert all(held)
 
 
+@pytest.mark.slow
 def test_residuals_hold_a_shift_that_cancels_inside_of_a_submatrix(x64):
     """What the shift leaves was taken for |A|, in the type of which nothing finer is known."""
     shift = 1e6
@@ -220,6 +225,7 @@ def test_residuals_hold_a_shift_that_cancels_inside_of_a_submatrix(x64):
         assert found.rounding <= 100 * np.finfo(float).eps * shift * np.linalg.norm(found.x)
 
 
+@pytest.mark.slow
 def test_samples_hold_what_cancels_inside_of_another_operator():
     """A difference, cut or scaled, was refused as not symmetric, where the difference alone was not."""
     first = np.float32((SPREAD + SPREAD.T) / 2)
@@ -299,6 +305,7 @@ def test_functions_of_what_is_left_hold_the_rounding_of_the_parts(size):
         assert error <= result.error_bound <= 500 * error  # 36 to 140 times for f(x) = x, as measured
 
 
+@pytest.mark.slow
 def test_what_is_left_of_terms_that_cancel_is_said_to_be_rounding():
     """Of two terms that differ by rounding alone, which need not be symmetric, and is not here."""
     rng = np.random.default_rng(0)

@@ -45,6 +45,7 @@ CASES = [("hessian", use) for use in USES] + [
 QUICK = [("hessian", "matrix"), ("hessian", "prepared"), ("function", "trace")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "use"), slow_but(CASES, *QUICK))
 def test_derivatives_and_batches_by_what_a_loss_closes_over(kind, use, x64):
     def value(weight):
@@ -58,6 +59,7 @@ def test_derivatives_and_batches_by_what_a_loss_closes_over(kind, use, x64):
     assert jax.grad(value)(0.5) == pytest.approx(slope, rel=1e-3, abs=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", slow_but(["hessian", "shifted"], "shifted"))
 def test_eigenvalues_and_functions_by_what_a_loss_closes_over(kind):
     """Both have derivatives of their own, which see what is a leaf of the operator."""

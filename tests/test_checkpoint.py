@@ -327,6 +327,7 @@ def test_a_hundred_changed_problems_are_noticed(tmp_path):
         pytest.fail(f"not noticed: {kind}")
 
 
+@pytest.mark.slow
 def test_how_data_are_cut_and_what_functions_are_called_makes_no_other_problem(tmp_path):
     def renamed(parameters, pair):
         return jnp.mean((jnp.tanh(pair[0] @ parameters["w"]) - pair[1]) ** 2)
@@ -361,6 +362,7 @@ def test_with_other_steps_probes_or_tolerance_a_run_gives_what_a_fresh_one_does(
         assert abs(moments[0] - moments[1]) <= 64 * np.finfo("f").eps * 3.0**power
 
 
+@pytest.mark.slow
 def test_probes_that_end_by_themselves_serve_any_number_of_steps(tmp_path):
     op = spectra.MatrixOperator(jnp.diag(jnp.repeat(jnp.array([1.0, 2.0, 5.0]), 16)))
     options = {"key": KEY, "num_probes": 2, "checkpoint": tmp_path}
@@ -517,6 +519,7 @@ def test_a_place_that_can_be_no_folder_is_named(name, tmp_path):
         spectra.slq(operator(), **OPTIONS, checkpoint=tmp_path / name)
 
 
+@pytest.mark.slow
 def test_only_what_is_new_is_written(monkeypatch, tmp_path):
     written = []
     original = saver.write
@@ -535,6 +538,7 @@ def test_only_what_is_new_is_written(monkeypatch, tmp_path):
     assert rows == [f"probe-00000-of-00029-rows-{i:03d}-008" for i in range(3)]
 
 
+@pytest.mark.slow
 def test_blocks_have_a_checkpoint_each(tmp_path):
     blocks = {"a/b": operator(n=40), "c": operator()}
     first = spectra.slq(blocks, **OPTIONS, checkpoint=tmp_path)
@@ -566,6 +570,7 @@ def streamed(kind):
     return op + spectra.HessianOperator(sine_loss, params, data[::-1]) if kind == "sum" else op
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("probe_batch", slow_but([1, 2], 2))
 @pytest.mark.parametrize(
     ("kind", "reads", "saved"),
@@ -639,12 +644,14 @@ except KeyboardInterrupt:
 """
 
 
+@pytest.mark.slow
 def test_a_pass_goes_on_where_the_operator_is_with_the_basis_elsewhere(tmp_path):
     command = [sys.executable, "-c", HOST, str(tmp_path)]
     process = subprocess.run(command, env=environment(2), capture_output=True, text=True, check=False)
     assert process.stdout.strip() == "resumed", process.stderr
 
 
+@pytest.mark.slow
 def test_sums_that_are_no_vectors_of_the_operator_are_not_saved(monkeypatch, tmp_path):
     """Then a product is the unit."""
     inner = streamed("hessian")
@@ -725,6 +732,7 @@ def ended_after_its_first_record(folder, saved):
     return text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", slow_but([1, 4], 1))
 def test_sigterm_ends_with_code_75_and_the_same_command_goes_on_elsewhere(devices, tmp_path):
     """In another process, and on as many devices."""

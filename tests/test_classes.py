@@ -156,6 +156,7 @@ def mean_likelihood(logits, labels):
     return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], 1))
 
 
+@pytest.mark.slow
 def test_saturated_probabilities_are_those_of_a_softmax_too():
     """p - p² is then its own rounding, and proves nothing about the loss."""
     x = jax.random.normal(jax.random.key(0), (24, 4))

@@ -80,6 +80,7 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+@pytest.mark.slow
 def test_a_second_run_keeps_the_first_ones_result(problem, tmp_path):
     out = tmp_path / "out"
     for _ in range(3):
@@ -93,6 +94,7 @@ def test_a_second_run_keeps_the_first_ones_result(problem, tmp_path):
     assert repr(spectra.load(out / "spectrum.npz")) == repr(report())
 
 
+@pytest.mark.slow
 def test_a_result_that_appears_meanwhile_is_kept_too(problem, tmp_path, monkeypatch):
     out = tmp_path / "out"
     save = output.save
@@ -132,6 +134,7 @@ def test_a_place_that_cannot_be_written_is_known_before_anything_is_computed(
     assert list(tmp_path.glob("o/*")) == []
 
 
+@pytest.mark.slow
 def test_a_result_that_cannot_be_written_is_printed_and_kept_elsewhere(problem, tmp_path, monkeypatch):
     out, second = tmp_path / "out", tmp_path / "second"
     second.mkdir()
@@ -218,6 +221,7 @@ def test_files_beside_a_problem_hide_no_module_and_are_found_by_it(tmp_path, mon
     assert sys.path[-1] == str(here)
 
 
+@pytest.mark.slow
 def test_a_run_beside_such_files_in_a_shell_without_umlauts(tmp_path):
     here = tmp_path / "here"
     here.mkdir()
@@ -246,6 +250,7 @@ def test_what_a_problem_cannot_open_is_said_with_its_line(text, message, problem
     assert message in str(done.exception)
 
 
+@pytest.mark.slow
 def test_places_that_are_no_files_are_one_message(tmp_path):
     spectra.save(report(), tmp_path / "r.npz")
     (tmp_path / "file").write_text("")
@@ -412,6 +417,7 @@ def test_a_dtype_that_is_none_is_refused_in_words():
         spectra.plan(op, num_steps=2, num_probes=1, basis_dtype="float7")
 
 
+@pytest.mark.slow
 def test_stdout_is_json_alone_and_messages_go_to_stderr(problem, tmp_path):
     done = invoke("run", problem, "-o", tmp_path / "out", "--json")
     assert done.exit_code == 0
@@ -421,6 +427,7 @@ def test_stdout_is_json_alone_and_messages_go_to_stderr(problem, tmp_path):
     assert json.loads(shown.stdout) == report().to_dict()
 
 
+@pytest.mark.slow
 def test_quiet_prints_the_result_alone(problem, tmp_path):
     done = invoke("run", problem, "-o", tmp_path / "out", "-q")
     assert done.exit_code == 0
@@ -445,6 +452,7 @@ def test_rows_are_shown_as_csv(tmp_path):
     assert done.exit_code == 2
 
 
+@pytest.mark.slow
 def test_spectra_are_compared_in_a_table_and_in_a_picture(tmp_path):
     made = results()
     (tmp_path / "b").mkdir()
@@ -550,6 +558,7 @@ def test_an_interrupt_after_the_run_says_where_the_result_is(problem, tmp_path, 
     assert "nothing was kept" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [("--json",), pytest.param(("--quiet",), marks=pytest.mark.slow)], ids=["json", "quiet"]
 )
@@ -604,6 +613,7 @@ def without_reader():
     return os.fdopen(writer, "w")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "form",
     [(), ("--json",), pytest.param(("--quiet",), marks=pytest.mark.slow)],

@@ -26,6 +26,7 @@ def truth(a, b):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", slow_but([1, 2], 1))
 def test_the_distance_of_spectra_is_held_after_a_step_or_two(steps):
     """Nodes of one step are means: eigenvalues lie far beyond them, up to the largest."""
@@ -155,6 +156,7 @@ class TestIntervals:
         assert (binom.cdf(held, self.KEYS, 0.95) > 1e-3).all(), held
         assert (finite >= 0.9 * self.KEYS).all()
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("width", slow_but([2, 3], 2))
     def test_of_ratios_where_signs_agree_by_chance(self, width):
         """Off a diagonal there are a few rows of ones: all of 8 forms are equal for 1 or 10 % of the keys."""
@@ -199,6 +201,7 @@ class TestIntervals:
             if change != "of a trace near zero":  # t_15 of the error of 12 degrees of freedom, and skewness
                 assert np.median(high - low) <= 2 * 2 * 1.96 * np.sqrt(np.mean((value - truth) ** 2))
 
+    @pytest.mark.slow
     def test_of_the_distance_of_spectra_holds_the_error_of_its_unit(self, x64):
         """One eigenvalue is half of the mean of B, which two probes know badly, and all of the distance."""
         values, keys = np.arange(1.0, 101.0) ** -1.5, 16

@@ -92,6 +92,7 @@ def test_inside_other_programs(options, name):
     np.testing.assert_allclose(stacked[1], expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but(["trace", "solve"], "trace"))
 def test_gradients(options, name):
     def total(scale):

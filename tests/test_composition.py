@@ -37,6 +37,7 @@ def test_jit_vmap_and_eager_agree_for_every_operator(name, x64):
     close(jax.jit(jax.vmap(run, in_axes=(None, 0)))(op, vs), eager, op.precision, size)
 
 
+@pytest.mark.slow
 @SHARP
 def test_slq_agrees_inside_jit_and_vmap(dtype):
     op = Ridge().operator()
@@ -53,6 +54,7 @@ def test_slq_agrees_inside_jit_and_vmap(dtype):
         close(nodes, run(op, key).nodes, precision, size)
 
 
+@pytest.mark.slow
 def test_operators_map_over_checkpoints():
     ridge = Ridge()
     op = ridge.operator()
@@ -68,6 +70,7 @@ def test_operators_map_over_checkpoints():
         np.testing.assert_allclose(np.linalg.eigvalsh(mapped[i]), np.linalg.eigvalsh(one), atol=64 * 1.2e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("linearize", slow_but([True, False], True))
 def test_what_a_jitted_function_closes_over_may_be_concrete(linearize):
     op, v = Ridge().operator(linearize=linearize), jnp.ones(6)
@@ -149,6 +152,7 @@ def test_the_next_checkpoint_traces_and_compiles_nothing(options, caplog):
     assert not np.allclose(first.nodes, second.nodes)
 
 
+@pytest.mark.slow
 def test_results_that_vmap_has_stacked_are_not_read_as_one():
     """The steps of several quadratures were taken for those of one: `mean` gave another number."""
     matrices = jnp.stack([jnp.diag(jnp.arange(1.0, 6.0)), jnp.diag(jnp.arange(2.0, 7.0))])

@@ -85,6 +85,7 @@ def trained(width, size, seed):
     return params, batch, float(two_layer_loss(params, batch) / start)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("width", "size", "seed"), slow_but([(100, 5, 0), (100, 5, 1), (40, 4, 2)], (40, 4, 2))
 )

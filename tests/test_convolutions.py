@@ -43,6 +43,7 @@ ESTIMATES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but(ESTIMATES, "slq"))
 def test_products_are_called_one_by_one_and_give_the_same(name, monkeypatch, x64):
     if jax.default_backend() != "cpu":

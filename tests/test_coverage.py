@@ -169,6 +169,7 @@ def quadratures(op, keys, num_steps):
 FEW = ("spikes of both signs", 50)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "count"), slow_but([FEW, *((name, 100) for name in KNOWN)], FEW))
 def test_what_follows_from_a_quadrature_covers(name, count, x64):
     """Twelve steps of two probes, with what they resolve; 93 % would fail once in 1,000 times."""
@@ -248,6 +249,7 @@ def steep_sine(params, batch):
     return 100 * jnp.mean((h @ params["c"] - y) ** 2)
 
 
+@pytest.mark.slow
 def test_exact_results_hold_their_rounding():
     rng = np.random.default_rng(1)
     shapes = {"a": (10, 8), "b": (8, 8), "c": (8,)}

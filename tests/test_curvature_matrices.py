@@ -104,6 +104,7 @@ def test_a_loss_linear_in_the_outputs_has_no_gauss_newton_matrix(loss_fn, option
         GGNOperator(model, loss_fn, jnp.eye(3, 2), (X6, LABELS6), **options)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_linear_at_these_outputs_has_one():
     """Zero is true of these parameters alone: residuals are large, or a probability rounds to one."""
     for loss_fn in (huber, lambda f, y: of_log_probabilities(jax.nn.log_softmax(f), y)):
@@ -124,6 +125,7 @@ def test_hessian_is_gauss_newton_plus_the_residual_term(name, dtype):
     assert relative_error((hessian - ggn).as_matrix(), residual) <= 2 * size * tolerance(dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_exact_fisher_is_the_gauss_newton_matrix_of_these_losses(name, x64):
     net, data, _ = setup(name)
@@ -160,6 +162,7 @@ def test_empirical_fisher_is_the_second_moment_of_gradients(name, cut, dtype):
         np.testing.assert_allclose(got[1], 2 * want, rtol=0, atol=8 * tolerance(dtype) * np.abs(want).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", slow_but(["one batch", "microbatches"], "microbatches"))
 @pytest.mark.parametrize("name", slow_but(NAMES, "cross_entropy"))
 def test_sampled_fisher_of_given_samples(name, cut, x64):
@@ -203,6 +206,7 @@ def test_sampled_fisher_is_unbiased(name):
     assert np.all(np.abs(flat.mean(0) - expected) <= 5 * stderr + 1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 def test_samples_do_not_depend_on_microbatches_and_follow_the_stream(x64):
     net, data, _ = setup("cross_entropy")
     make = lambda data, **o: FisherOperator(  # noqa: E731
@@ -239,6 +243,7 @@ def class_weighted(logits, labels):
     return jnp.mean(jnp.array([1.0, 2.0, 5.0])[labels] * nll)
 
 
+@pytest.mark.slow
 def test_a_likelihood_that_is_not_there_is_refused():
     net, data, _ = setup("cross_entropy")
     for kind, loss in (("mc", smoothed), ("mc", class_weighted), ("type2", class_weighted)):
@@ -285,6 +290,7 @@ def token_setup():
     return net, flat, as_jax
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", slow_but(["one batch", "microbatches", "stream"], "stream"))
 def test_tokens_are_the_terms_of_a_masked_language_model_loss(cut, x64):
     net, flat, data = token_setup()
@@ -349,6 +355,7 @@ def token_model_of_pytorch(params, inputs):
     return jnp.swapaxes(inputs @ params, 1, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [3, 5])
 def test_empirical_fisher_of_tokens_does_not_depend_on_the_layout(classes, x64):
     """(batch, classes, tokens), where each token is a term: Σ s sᵀ of softmax scores, in NumPy."""

@@ -97,6 +97,7 @@ def test_kinds_of_sources_are_the_same_stream():
     np.testing.assert_array_equal(matrices[0], matrices[2])
 
 
+@pytest.mark.slow
 def test_numpy_batches_of_any_dtype_are_read():
     ridge = Ridge()
     inputs, mask = ridge.inputs.astype(np.float32), np.ones(13, np.int8)
@@ -236,6 +237,7 @@ SUBSETS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", slow_but(SUBSETS, "a stream", "a function"))
 def test_spread_over_disjoint_subsets(kind, x64):
     x = examples()
@@ -258,6 +260,7 @@ def test_spread_over_disjoint_subsets(kind, x64):
     assert "from probes" in repr(spread)
 
 
+@pytest.mark.slow
 def test_variance_of_the_data_is_told_apart_from_that_of_the_probes():
     """Subsets that are copies differ in nothing; subsets of other scale by the data."""
     x = examples(15).astype(jnp.float32)
@@ -392,6 +395,7 @@ def test_products_in_float64_hold_no_list_of_the_batches():
     assert peak < 20 * 8 * n
 
 
+@pytest.mark.slow
 def test_printed_means_of_unequal_subsets_are_those_that_bound_the_whole():
     """By Jensen's inequality, with weights; the plain mean of these is 2.1, below the whole's 3.9."""
     x = np.concatenate([np.tile([[2.0, 0.0]], (97, 1)), np.tile([[0.5, 0.1]], (3, 1))])
@@ -405,6 +409,7 @@ def test_printed_means_of_unequal_subsets_are_those_that_bound_the_whole():
     assert f"trace                {found.weights @ found.trace:.5g}; between" in str(found)
 
 
+@pytest.mark.slow
 def test_subsets_speak_about_the_distribution_that_they_are_drawn_from():
     """Student's limits of NumPy's traces and eigenvalues of ten subsets, four parameters: all exact."""
     rng = np.random.default_rng(3)
@@ -453,6 +458,7 @@ def test_subsets_of_unequal_size_tell_of_the_distribution(sizes):
         np.testing.assert_allclose(reach, np.stack([stats.t.ppf(0.975, 1) * apart] * 2, 1), rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_subsets_of_unequal_size_count_by_their_examples():
     """The same in closed form, of the two mean squares that are the traces of a single parameter."""
     x = np.float32([[1.0]] * 9 + [[3.0]])
@@ -500,6 +506,7 @@ def test_the_error_of_the_probes_has_degrees_of_freedom_of_its_own():
     assert report.trace.interval().upper - report.trace.value >= 0.99 * reach * 3.18 * report.trace.stderr
 
 
+@pytest.mark.slow
 def test_ritz_values_that_have_not_converged_are_called_bounds(x64):
     x = jnp.asarray(np.random.default_rng(0).standard_normal((400, 60)))
     op = spectra.HessianOperator(linear_loss, jnp.ones(60), x)
@@ -527,6 +534,7 @@ def test_subsets_that_cannot_be_made():
         Law(np.array([1.0, 0.0]), np.zeros(2, int), 0.975).errors(np.ones(2))
 
 
+@pytest.mark.slow
 def test_a_subset_of_the_batches(x64):
     x = examples()
     batches = [x[i : i + 6] for i in range(0, 60, 6)]

@@ -47,6 +47,7 @@ def test_the_bulk_is_resolved_where_outliers_hid_it(pairs):
     assert widths[1] < widths[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_probes", [1, 4])
 def test_the_band_covers_the_true_cdf_as_often_as_it_says(pairs, num_probes):
     every = spectra.slq(OP, key=jax.random.key(0), num_steps=STEPS, num_probes=60 * num_probes, deflate=pairs)
@@ -166,6 +167,7 @@ def test_pairs_of_another_operator_are_refused(x64):
         ).atoms.shape == (4,)
 
 
+@pytest.mark.slow
 def test_pairs_beside_rough_ones_are_as_rough_and_say_so():
     """Of an order that is computed by LAPACK, whose residuals are of the matrix and not of the complement."""
     op = spectra.MatrixOperator(planted(np.append(np.linspace(-1.0, 1.0, 44), [20.0, 12.0, 8.0, 5.0])))

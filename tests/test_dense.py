@@ -55,6 +55,7 @@ def test_blocks_are_those_of_jax_hessian(mode, x64):
         np.testing.assert_allclose(got, want, rtol=0, atol=100 * EPS * size)
 
 
+@pytest.mark.slow
 def test_flat_parameters_give_flat_blocks(x64):
     params = {"fc1": jnp.ones((2, 3)), "fc2": jnp.ones(3)}
     loss = lambda p, x: jnp.sum((x @ p["fc1"]) ** 2 @ p["fc2"] ** 2)  # noqa: E731
@@ -102,6 +103,7 @@ def test_closed_form(name, streamed, x64):
     assert relative_error(matrix, ridge.hessian()) <= bound
 
 
+@pytest.mark.slow
 def test_chunks_and_groups_change_nothing(monkeypatch, x64):
     params, inputs = problem()
     whole = spectra.dense_hessian(network, params, inputs)
@@ -130,6 +132,7 @@ def test_no_more_columns_side_by_side_than_memory_holds_activations_of(make, mon
     assert dense.in_flight(op) == (8 if most == dense.CACHED else most)
 
 
+@pytest.mark.slow
 def test_columns_share_each_pass_over_a_stream(x64):
     """The matrix of a stream took a pass for every column."""
     params, inputs = problem()
@@ -163,6 +166,7 @@ def test_columns_are_cut_where_symmetry_saves_most(sizes, edges, monkeypatch):
     assert hessian._edges([0, *itertools.accumulate(sizes)]) == edges
 
 
+@pytest.mark.slow
 def test_only_blocks_on_and_below_the_diagonal_are_differentiated(x64):
     rng = np.random.default_rng(1)
     params = {f"fc{i}": jnp.asarray(rng.standard_normal((8, 8))) for i in range(4)}

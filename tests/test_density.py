@@ -100,6 +100,7 @@ def test_outliers_are_eigenvalues(name):
 FEW = ("bulk and outliers", 40, 6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "keys", "most"), slow_but([FEW, *((name, 100, 11) for name in SPECTRA)], FEW)
 )
@@ -161,6 +162,7 @@ def smoothed(density, values, masses=None):
     return smooth(density.grid, values, masses, widths)[0][0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but(WIDE_RANGE, "mostly zeros"))
 def test_the_density_band_holds_where_the_quadrature_has_not_converged(name, few_steps):
     """Of 40 runs more than 8 miss with probability 1e-4 if the rate is 5 %: Binomial(40, 0.05)."""

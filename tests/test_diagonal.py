@@ -95,6 +95,7 @@ def test_xnysdiag_equals_a_naive_leave_one_out(x64):
         )
 
 
+@pytest.mark.slow
 def test_a_tolerance_below_the_rounding_that_is_measured_is_not_reached(monkeypatch):
     """Three vectors hold all of H, so that the stated precision is all there is, until it is measured."""
     root = jnp.asarray(np.random.default_rng(0).standard_normal((3, N)), jnp.float32)
@@ -114,6 +115,7 @@ def test_a_tolerance_below_the_rounding_that_is_measured_is_not_reached(monkeypa
         assert error > options["tol"] * value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ratio", [0.3, 0.5])
 def test_rounding_of_a_sketch_of_much_of_the_space_is_stated(ratio):
     """32 of 48 directions hold all of H that float32 does: what is left is rounding of the smallest ones."""
@@ -127,6 +129,7 @@ def test_rounding_of_a_sketch_of_much_of_the_space_is_stated(ratio):
     assert np.sqrt(np.mean(stderr**2)) <= 10 * np.sqrt(N) * float(jnp.finfo(jnp.float32).eps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but(["covariance", "hessian"], "covariance"))
 def test_auto_takes_the_nystrom_approximation_where_no_eigenvalue_is_negative(name, x64):
     ridge = Ridge(width=30)
@@ -139,6 +142,7 @@ def test_auto_takes_the_nystrom_approximation_where_no_eigenvalue_is_negative(na
     assert "no eigenvalue is negative" in methods[1].reason or not op.semidefinite
 
 
+@pytest.mark.slow
 def test_hutchinson_equals_its_definition(x64):
     a = planted(np.linspace(-2, 3, N))
     samples = np.array([signs(i) * (a @ signs(i)) for i in range(10)])
@@ -238,6 +242,7 @@ def test_every_operator_has_its_diagonal(name):
     np.testing.assert_allclose(flat, np.diag(dense), rtol=0, atol=bound)
 
 
+@pytest.mark.slow
 def test_a_tolerance_and_a_stream_and_groups(x64, tmp_path):
     ridge = Ridge(width=30)
     op, dense = ridge.operator(ridge.parts(5)), ridge.hessian()

@@ -171,6 +171,7 @@ def test_multiplicity_is_found_for_nearly_every_key():
 FEW = ("decaying, three times", 20)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "keys"), slow_but([FEW, ("decaying, three times", 60), ("the best of six, twice", 60)], FEW)
 )
@@ -251,6 +252,7 @@ def test_scaling_changes_the_scale_alone(name, scale, x64):
     assert abs(other.num_matvecs - one.num_matvecs) <= 2  # rounding of scale * a
 
 
+@pytest.mark.slow
 def test_pytrees_streams_and_one_batch_agree(x64):
     rng = np.random.default_rng(7)
     x, mask = jnp.asarray(rng.standard_normal((60, 40))), jnp.ones(60)
@@ -429,6 +431,7 @@ def test_where_lanczos_does_not_converge_the_dense_matrix_does(budget):
     assert pairs.missed == 0
 
 
+@pytest.mark.slow
 def test_what_the_dense_matrix_must_not_cost():
     op = diagonal(CROWDED, jnp.float32)
     for options in ({"max_matvecs": ORDER - 1}, {"num_basis": 30, "max_matvecs": ORDER}):

@@ -40,6 +40,7 @@ def test_the_status_says_so_and_everything_is_known(report):
     assert "all eigenvalues" in str(report)
 
 
+@pytest.mark.slow
 def test_a_report_lists_the_eigenvalues_that_are_known(report):
     np.testing.assert_allclose(report.eigenvalues, VALUES, rtol=0, atol=report.noise_floor)
     values = np.append(np.linspace(0.0, 1.0, 280), [5.0, 9.0, 9.0, 20.0])  # 9 is no simple eigenvalue

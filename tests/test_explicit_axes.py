@@ -33,6 +33,7 @@ def assert_same(part, kind, layout, tolerances):
         np.testing.assert_allclose(many[name], expected, rtol=0, atol=error, err_msg=name)
 
 
+@pytest.mark.slow
 @LAYOUTS
 def test_arrays_are_those_of_one_device(part, layout):
     values, one = np.array(run(part)["eigenvalues"]), run(part)["arrays"]["one"]

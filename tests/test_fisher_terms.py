@@ -116,6 +116,7 @@ def test_empirical_fisher_weighs_each_term_as_the_loss_does(name, x64):
         np.testing.assert_allclose(float(factored.trace()), np.trace(expected), rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_booleans_are_labels_of_two_classes(x64):
     w, labels = W[:, :2], LABELS > 0
     op = FisherOperator(
@@ -193,6 +194,7 @@ def test_targets_are_not_drawn_from_a_law_that_the_loss_does_not_have(name):
         FisherOperator(model, loss_fn, jnp.asarray(W), data, kind="mc", key=KEY)
 
 
+@pytest.mark.slow
 def test_curvature_that_depends_on_targets_is_found_in_every_form_of_these():
     x, w = jnp.asarray(X), jnp.asarray(W)
     FisherOperator(model, cross_entropy_of_rows, w, (x, jnp.asarray(HOT)))  # its rows sum to one
@@ -329,6 +331,7 @@ def words(w, x):
     return x, w
 
 
+@pytest.mark.slow
 def test_scores_need_outputs_of_every_example(x64):
     data = jnp.asarray(X[:4, :4]), jnp.asarray(LABELS[:4, :4])  # as many rows of W as examples
     loss_fn = spectra.VocabularyLoss(chunk=4)
@@ -341,6 +344,7 @@ def test_scores_need_outputs_of_every_example(x64):
     assert relative_error(exact.as_matrix(), ggn.as_matrix()) <= 1e-12
 
 
+@pytest.mark.slow
 def test_a_first_batch_of_padding_says_nothing_of_the_loss(x64):
     empty = np.full_like(LAST[:2], -100)
     data = [(jnp.asarray(X[:2]), jnp.asarray(empty)), (jnp.asarray(X), jnp.asarray(LAST))]
@@ -359,6 +363,7 @@ SURE = np.float32([[0, -3, -30], [-25, 0, -40], [-20, -45, 0], [-60, -1, 0], [0,
 """Margins of logits in which 1 - p of the label has no digits in float32, and partly none in float64."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", slow_but(["empirical", "mc", "type2"], "empirical", "type2"))
 def test_scores_of_predictions_that_are_sure_keep_their_digits(kind):
     """One entry of the parameters for each number of the outputs, so that the diagonal has them all."""
@@ -387,6 +392,7 @@ def to_bfloat16(logits, labels):
     return cross_entropy(logits.astype(jnp.bfloat16), labels).astype(jnp.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss_fn", slow_but([cross_entropy, to_bfloat16], to_bfloat16))
 def test_a_softmax_of_predictions_that_are_sure_is_one(loss_fn):
     """Its curvature is small, and what it is compared with is rounded: that says nothing against it."""

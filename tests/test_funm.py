@@ -88,6 +88,7 @@ def test_the_bound_is_not_wide(x64):
         assert found.error_bound <= 3 * np.sqrt(M) * error, name
 
 
+@pytest.mark.slow
 def test_the_square_root_squares_to_the_operator(x64):
     op, v = planted(SPECTRA["decaying"], jnp.float64), vector()
     options = {"bounds": (0.0099, None), "tol": 1e-10}
@@ -138,6 +139,7 @@ def test_several_vectors_share_one_krylov_space(dtype):
     )
 
 
+@pytest.mark.slow
 def test_more_vectors_than_a_block_has(monkeypatch):
     op, b = planted(SPECTRA["bulk"], jnp.float32), columns().astype(np.float32)
     monkeypatch.setattr(function_run, "WIDEST", 4)
@@ -239,6 +241,7 @@ def test_forward_mode_is_refused(inside):
             inside(derivative)(1.0)
 
 
+@pytest.mark.slow
 def test_a_vector_of_zeros_by_itself(x64):
     """f may have a pole where no eigenvalue is: it counts for nothing."""
     op = planted(SPECTRA["bulk"], jnp.float64)
@@ -270,6 +273,7 @@ def test_what_is_not_defined_is_refused():
         spectra.funm(100.0 * op, "exp", vector())
 
 
+@pytest.mark.slow
 def test_a_pole_between_the_eigenvalues_is_no_bound():
     """1/x is not bounded on an interval across zero, whatever its samples are."""
     op = planted(SPECTRA["both signs"], jnp.float32)

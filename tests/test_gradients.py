@@ -25,6 +25,7 @@ def compare(f, at):
     return gradient
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", slow_but(["auto", "hutch++", "hutchinson"], "hutchinson"))
 def test_the_gradient_of_a_trace(method, x64):
     def f(t):
@@ -36,6 +37,7 @@ def test_the_gradient_of_a_trace(method, x64):
         assert gradient == pytest.approx(N * (N - 1) / 2, rel=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", slow_but(["xtrace", "xnystrace"], "xnystrace"))
 def test_the_gradient_of_a_sketch_that_is_too_wide(method, x64):
     def f(t):
@@ -45,6 +47,7 @@ def test_the_gradient_of_a_sketch_that_is_too_wide(method, x64):
     assert jax.jit(jax.grad(f))(1.0) == pytest.approx(np.trace(RANK_FIVE), rel=1e-8)
 
 
+@pytest.mark.slow
 def test_the_gradient_of_a_norm(x64):
     def f(t):
         return spectra.frobenius_norm(
@@ -62,6 +65,7 @@ KRYLOV = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but(KRYLOV, "repeated eigenvalues"))
 def test_the_gradient_of_a_quadrature_that_ends(name, x64):
     a, b, at = KRYLOV[name]
@@ -73,6 +77,7 @@ def test_the_gradient_of_a_quadrature_that_ends(name, x64):
     compare(f, at)
 
 
+@pytest.mark.slow
 def test_the_gradient_of_lanczos_with_n_steps(x64):
     def f(t):
         op = spectra.MatrixOperator(SMALL + t * np.diag(np.arange(6.0)))
@@ -83,6 +88,7 @@ def test_the_gradient_of_lanczos_with_n_steps(x64):
     assert jax.grad(f)(0.1) == pytest.approx(float(gradient), rel=1e-12)  # outside of a program, too
 
 
+@pytest.mark.slow
 def test_the_gradient_of_a_logdet_and_of_a_trace_of(x64):
     """Of n steps: d log det A = tr A⁻¹ dA for the mean over all directions; here, of the value itself."""
     positive = SMALL @ SMALL + np.eye(6)
@@ -108,6 +114,7 @@ ENDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but(ENDS, "all rows of a multiple of the identity", "no rows"))
 def test_the_gradient_where_nothing_is_left_in_float32(name):
     """What is left of a vector may be zero exactly, and the root of zero has no derivative."""
@@ -146,6 +153,7 @@ def test_the_gradient_of_a_standard_error(name, x64):
     compare(lambda t: ERRORS[name](spectra.MatrixOperator(SYMMETRIC + t * RAMP)), 0.0)
 
 
+@pytest.mark.slow
 def test_the_gradient_of_an_error_of_zero_and_at_an_operator_of_zeros(x64):
     """Of a diagonal matrix signs know the trace: Σ i, and ± 0, also where all products are zero."""
 

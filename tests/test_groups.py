@@ -111,6 +111,7 @@ def test_a_group_that_fills_up_the_sketch_holds_the_rounding_of_the_core(x64):
         assert np.max(stderr) <= 10 * np.finfo(float).eps
 
 
+@pytest.mark.slow
 def test_what_a_sketch_leaves_of_a_product_is_that_of_a_projector(x64):
     """|Π (1-P) H (1-P) ω_j|², each P from the images of all other probes, by a QR of these."""
     run = begin(

@@ -128,6 +128,7 @@ def test_a_first_order_loss_falls_back_to_finite_differences(microbatch, dtype):
     assert relative_error(op.as_matrix(), exact_hessian()) <= 32 * eps ** (2 / 3)
 
 
+@pytest.mark.slow
 def test_a_first_order_loss_has_everything_that_a_dense_matrix_gives():
     """How much a product holds was read from a derivative that such a loss does not have."""
     with pytest.warns(UserWarning, match="products use finite-difference"):
@@ -158,6 +159,7 @@ def test_finite_differences_do_not_depend_on_the_length_of_the_vector(x64):
     np.testing.assert_array_equal(op @ jnp.zeros(4), np.zeros(4))
 
 
+@pytest.mark.slow
 def test_the_fallback_works_for_streams_and_at_zero_parameters(x64):
     data = [jnp.asarray(X[:3]), jnp.asarray(X[3:])]
     with pytest.warns(UserWarning, match="host_sin"):
@@ -289,6 +291,7 @@ def attention_problem():
     return params, (jnp.asarray(rng.standard_normal((5, 4, 3))), jnp.asarray(rng.integers(0, 3, 5)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", slow_but(["ggn", "empirical", "mc", "hessian", "covariance"], "ggn", "hessian")
 )
@@ -344,6 +347,7 @@ def plain_layers(params, x):
     return x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrap", slow_but(["checkpoint", "scan"], "scan"))
 def test_rematerialised_and_scanned_layers(wrap, x64):
     """The same model written plainly; `linearize` and its transpose go through both constructs."""

@@ -35,6 +35,7 @@ def test_a_history_that_was_copied_as_text_is_whole(mark, end, recorded, tmp_pat
     assert spectra.load(copy).provenance == spectra.load(recorded).provenance
 
 
+@pytest.mark.slow
 def test_a_warning_of_a_command_is_one_line_without_the_file_of_a_package(recorded, tmp_path):
     twice = tmp_path / "twice.jsonl"
     twice.write_bytes(2 * recorded.read_bytes())

@@ -47,6 +47,7 @@ def test_eigenpairs_come_back_with_their_tree(name, tmp_path):
     np.testing.assert_array_equal(np.sort(deflated.atoms), pairs.values)
 
 
+@pytest.mark.slow
 def test_vectors_of_other_containers_come_back_by_path_in_the_order_of_the_tree(tmp_path):
     model = nnx.Sequential(*[nnx.Linear(3, 3, rngs=nnx.Rngs(i)) for i in range(12)])
     graph, params = nnx.split(model, nnx.Param)
@@ -61,6 +62,7 @@ def test_vectors_of_other_containers_come_back_by_path_in_the_order_of_the_tree(
     assert jax.tree.structure(back) == jax.tree.structure(pairs.vectors)
 
 
+@pytest.mark.slow
 def test_all_other_results_can_be_saved(tmp_path):
     op = Ridge().operator()
     t = spectra.lanczos(op, jnp.ones(6), 4)

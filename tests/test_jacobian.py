@@ -45,6 +45,7 @@ def jacobian_of(matrix: np.ndarray, dtype=None) -> spectra.JacobianOperator:
     )
 
 
+@pytest.mark.slow
 def test_products_are_those_of_the_jacobian_in_closed_form(x64):
     net = networks.Network()
     rows = net.jacobians().reshape(-1, 18)
@@ -140,6 +141,7 @@ def _scaled(jacobian, t):
     return spectra.JacobianOperator(linear, jacobian.params, t * jacobian.inputs)
 
 
+@pytest.mark.slow
 def test_a_jacobian_of_zeros():
     found = spectra.svds(jacobian_of(np.zeros((6, 4))), 2, key=KEY)
     assert np.array_equal(found.values, [0, 0])

@@ -83,6 +83,7 @@ def words(tokens, examples=N):
     return jnp.asarray(ids), normal(examples, OUTPUTS, seed=2)
 
 
+@pytest.mark.slow
 def test_layers_of_all_kinds_are_found_and_one_example_of_one_token_is_exact(x64):
     params, data = words_params(), words(1, examples=1)
     op = spectra.KFACOperator(words_fn, half_square, params, data)
@@ -432,6 +433,7 @@ def test_derivatives_are_those_of_the_factors(made, x64):
     np.testing.assert_allclose(slope, differences, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_inverse_has_its_derivative_where_eigenvalues_are_equal(x64):
     """Two inputs of five numbers leave a null space of three, and both eigenvalues of B are one.
 
@@ -454,6 +456,7 @@ def test_an_inverse_has_its_derivative_where_eigenvalues_are_equal(x64):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "cls", [spectra.KFACOperator, pytest.param(spectra.EKFACOperator, marks=pytest.mark.slow)]
 )
@@ -467,6 +470,7 @@ def test_the_determinant_of_a_singular_matrix_is_not_made_of_rounding(cls):
     np.testing.assert_allclose(small.logdet(), 2 * np.log(0.5 * 0.005), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_word_that_is_read_seldom_is_no_rounding():
     """The factor of an embedding is a diagonal: 1e-9 of it is known as well as the rest."""
     ids, weights = jnp.arange(2), jnp.array([1.0, 1e-9])
@@ -481,6 +485,7 @@ def test_a_word_that_is_read_seldom_is_no_rounding():
     assert np.all(np.isfinite(op.inverse(0.0).mv(jnp.ones((2, 2)))))
 
 
+@pytest.mark.slow
 def test_a_leaf_that_the_model_does_not_use_is_said_to_be_none(x64):
     data = jnp.asarray(np.eye(3, 2)), jnp.zeros((3, 2))
     params = {"used": jnp.eye(2), "left": jnp.ones(3)}

@@ -85,6 +85,7 @@ def test_what_is_wrong_is_said(call, message):
         call(op)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", slow_but(["exact", "heuristic", INDEFINITE], "exact", INDEFINITE))
 def test_an_inverse_states_what_rounding_does_to_it(method):
     """A factor of rank 6 of 12, in float32: its zeros are found to a rounding of its largest eigenvalue."""

@@ -51,6 +51,7 @@ def walked(a, steps=20):
     return state, rows, found
 
 
+@pytest.mark.slow
 def test_every_number_of_a_step_is_that_of_the_matrix(x64):
     a = rotated(SPECTRA["flat"])
     state, rows, found = walked(a)
@@ -94,6 +95,7 @@ def test_a_direction_and_its_product_share_compiled_sweeps(x64):
     assert explored._orthogonal.cache_size() == before + 1
 
 
+@pytest.mark.slow
 def test_no_number_of_samples_has_a_program_of_its_own(x64):
     op, before = operator("flat"), blocks._products.cache_size()
     found = [
@@ -119,6 +121,7 @@ def test_intervals_hold_and_are_not_wide(name, x64):
     assert all(estimate.num_matvecs == BUDGET for estimate in found)
 
 
+@pytest.mark.slow
 def test_it_beats_xtrace_where_eigenvalues_decay(x64):
     op, truth, keys = operator("decaying"), SPECTRA["decaying"].sum(), jax.random.split(KEY, 40)
     errors = {
@@ -173,6 +176,7 @@ def test_zero_has_no_error():
     assert (estimate.value, estimate.stderr) == (0.0, 0.0)
 
 
+@pytest.mark.slow
 def test_a_tolerance_ends_it_early(x64):
     estimate = spectra.trace(operator("decaying"), key=KEY, num_matvecs=90, tol=0.02)
     assert estimate.status is spectra.Status.CONVERGED
@@ -190,6 +194,7 @@ def test_what_is_not_symmetric_is_refused():
         spectra.trace(op, key=KEY, num_matvecs=BUDGET)
 
 
+@pytest.mark.slow
 def test_where_xtrace_stays():
     op = operator("decaying")
     assert spectra.trace(op, key=KEY, num_matvecs=12).method == "xtrace"
@@ -203,6 +208,7 @@ def test_where_xtrace_stays():
         jax.jit(lambda key: spectra.trace(op, key=key, method="krylov").value)(KEY)
 
 
+@pytest.mark.slow
 def test_products_that_share_a_pass_or_are_saved_stay_with_xtrace(tmp_path):
     batches = list(jax.random.normal(KEY, (2, 4, N)))
     stream = spectra.HessianOperator(lambda w, x: jnp.mean(jnp.cos(x @ w)), jnp.zeros(N), batches)

@@ -97,6 +97,7 @@ def test_breakdown_ends_with_exact_values_weights_and_length(name, scale, dtype)
 CASES = [(name, start) for name in ("uniform", "outliers", "decaying") for start in ("ones", "random")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.slow)], indirect=True)
 @pytest.mark.parametrize(("name", "start"), slow_but(CASES, ("outliers", "random")))
 def test_basis_is_orthonormal_after_a_hundred_steps(name, start, dtype):
@@ -126,6 +127,7 @@ def test_extreme_eigenvalues_of_a_one_dimensional_laplacian(dtype):
     np.testing.assert_allclose(theta, laplacian_eigenvalues(n), rtol=0, atol=bound)
 
 
+@pytest.mark.slow
 @SHARP
 def test_extreme_eigenvalues_of_a_two_dimensional_laplacian(dtype):
     shape = (12, 9)
@@ -162,6 +164,7 @@ class RotatedDiagonal(spectra.LinearOperator):
         return hadamard(self.entries * hadamard(v))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "steps", "n"),
     slow_but(

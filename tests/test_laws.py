@@ -107,6 +107,7 @@ def test_the_densitys_band_fails_at_as_many_widths_as_it_states():
     assert within_five_errors(shares, np.clip(np.mean(shares), 0.9 * expected, 1.1 * expected))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_probes", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_densitys_band_holds_for_few_eigenvalues_under_a_narrow_kernel(num_probes):
     """Twelve of them, apart by a few widths or many: each is a share of its own.
@@ -158,6 +159,7 @@ def test_a_diagonals_errors_from_three_probes_have_two_degrees_of_freedom(x64):
     assert found.dof == 2
 
 
+@pytest.mark.slow
 def test_the_error_of_a_function_of_an_operator_is_that_of_a_probe_on_the_sphere():
     eigenvalues = np.linspace(1.0, 3.0, 400)
     op = spectra.MatrixOperator(jnp.diag(jnp.asarray(eigenvalues, jnp.float32)))

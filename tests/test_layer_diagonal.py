@@ -167,6 +167,7 @@ def batch_statistics_fn(params, x):
     return (h - h.mean(0)) @ params["w2"]
 
 
+@pytest.mark.slow
 def test_why_there_is_none_is_said(x64, tmp_path):
     model_fn, loss_fn, params, (x, labels) = case("perceptron")
     op = spectra.GGNOperator(model_fn, loss_fn, params, (x, labels))
@@ -207,6 +208,7 @@ def test_the_error_holds_the_rounding_of_float32():
     assert np.all(stderr <= 1e-5 * truth.max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_double", slow_but([True, False], True))
 def test_sums_over_many_equal_examples_are_within_the_error(in_double, monkeypatch):
     """Each addition rounds the same way: off by 1e-5 after 3,000 of them in float32, and stated as 1e-7."""
@@ -225,6 +227,7 @@ def test_sums_over_many_equal_examples_are_within_the_error(in_double, monkeypat
     assert not in_double or np.all(upper - lower <= 4e-7 * truth)
 
 
+@pytest.mark.slow
 def test_outputs_below_float32_have_a_diagonal():
     """Weights of terms are float32 at least, so that roots are not of the outputs' type."""
     network = Network()

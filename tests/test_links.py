@@ -104,6 +104,7 @@ def run(values, key, probes=PROBES):
     return spectra.slq(op, key=key, num_steps=STEPS, num_probes=probes, deflate=R)
 
 
+@pytest.mark.slow
 def test_a_run_is_what_it_is_by_hand(x64):
     values = SPECTRA["flat"]
     q = run(values, jax.random.key(0))
@@ -131,6 +132,7 @@ def test_resolved_eigenvalues_are_eigenvalues(x64):
     assert count.upper < 8.5  # what is not resolved may have some weight there
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but([*SPECTRA], "repeated"))
 def test_bands_limits_and_intervals_hold_at_their_rate(name, x64):
     values = np.sort(SPECTRA[name])
@@ -159,6 +161,7 @@ def test_the_density_holds_the_smoothed_spectrum(name, x64):
     assert ((density.lower <= exact + slack) & (exact <= density.upper + slack)).all()
 
 
+@pytest.mark.slow
 def test_half_of_the_products_taken_out_leave_a_third_of_the_error(x64):
     # A decaying spectrum: R + 3 x 12 products against 3 x 22 of plain SLQ, means over keys.
     values, op = SPECTRA["decaying"], spectra.MatrixOperator(np.diag(SPECTRA["decaying"]))
@@ -198,6 +201,7 @@ def test_what_cannot_be_taken_out_is_refused(tmp_path):
         spectra.slq(op, key=key, num_steps=N, deflate=5)
 
 
+@pytest.mark.slow
 def test_what_couples_counts_where_all_of_the_complement_is_known(x64):
     # 28 + 12 = 40: each probe has all eigenvalues of B, and those of H are others.
     values = np.linspace(-1.0, 2.0, 40)
@@ -217,6 +221,7 @@ def test_what_couples_counts_where_all_of_the_complement_is_known(x64):
     assert (np.abs(q.resolved[:, None] - values).min(axis=1) <= 1e-5).all()
 
 
+@pytest.mark.slow
 def test_a_tolerance_is_met_by_the_whole(x64):
     # One eigenvalue of 30 is in doubt on either side, which no probe narrows.
     op = spectra.MatrixOperator(np.diag(np.linspace(-1.0, 2.0, 30)))
@@ -238,6 +243,7 @@ def test_eigenvalues_of_the_complement_are_not_taken_for_those_of_the_whole(seed
         assert abs(values[i] - found) <= max(1e-3 * gap, 1e-15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("values", "count"),
     [
@@ -266,6 +272,7 @@ def test_eigenpairs_that_are_all_leave_rounding_which_is_no_asymmetry(x64):
     assert float(spectra.trace_of(q, np.abs, bounds=(-1.0, 6.0))) == pytest.approx(15, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_an_invariant_space_leaves_nothing_coupled(x64):
     values = np.repeat([0.0, 1.0, 4.0], N // 3)
     q = run(values, jax.random.key(6))

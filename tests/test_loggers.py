@@ -37,6 +37,7 @@ def _elsewhere(tmp_path, monkeypatch):
     plt.close("all")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # those of other libraries
 def test_weights_and_biases(held, tmp_path, monkeypatch):
     pytest.importorskip("wandb", exc_type=ImportError)
@@ -88,6 +89,7 @@ def test_mlflow(held, tmp_path, monkeypatch):
     }
 
 
+@pytest.mark.slow
 def test_xarray(held):
     pytest.importorskip("xarray", exc_type=ImportError)
     names = dict(held)

@@ -170,6 +170,7 @@ def test_losses_that_are_no_mean_are_refused_where_they_are_cut(loss_fn, cut):
         CUTS[cut](loss_fn)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss_fn", slow_but([sum_of_squares, contrastive, normalised], contrastive))
 def test_nothing_is_refused_where_nothing_is_cut(loss_fn, x64):
     exact = jax.jit(jax.hessian(lambda w: loss_fn(w, rows(0, 12))))(jnp.asarray(W)).reshape(6, 6)
@@ -201,6 +202,7 @@ def test_values_that_coincide_do_not_hide_a_loss_that_is_no_mean():
         HessianOperator(sum_of_squares, jnp.zeros((3, 2)), rows(0, 12), microbatch=4)
 
 
+@pytest.mark.slow
 def test_one_random_key_for_a_batch():
     """Halves of a batch draw other noise: what other keys change is no sign of a sum, and hides none."""
     batch = rows(0, 12) | {"key": jax.random.key(0)}
@@ -220,6 +222,7 @@ def test_a_key_in_the_closure(cut):
     assert said[0].filename == __file__
 
 
+@pytest.mark.slow
 def test_noise_that_is_nobody_elses_business(x64):
     """A stream is as its user cuts it; with a key for each example a cut matrix is the whole one."""
     parts = [rows(i, i + 4) for i in (0, 4, 8)]
@@ -273,6 +276,7 @@ class Weighted:
         return jnp.sum(batch["y"] >= 0)
 
 
+@pytest.mark.slow
 def test_a_loss_that_brings_its_weight(x64):
     loss_fn, y = Weighted(), np.array([-1, -1, -1, 0, 0, 1, -1, 2, 0, 0, 1, 2])
     batch = {"x": jnp.asarray(X), "y": jnp.asarray(y)}

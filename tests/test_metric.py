@@ -128,6 +128,7 @@ def test_the_floor_holds_what_float32_does_to_a_loss_and_to_its_metric(share, kn
         assert pairs.noise_floor <= (5 if known else 300) * error.max()
 
 
+@pytest.mark.slow
 def test_a_diagonal_metric_that_is_rounded(x64):
     """Values are the quotients of their vectors in extended precision, but for rounding."""
     rng = np.random.default_rng(4)

@@ -32,6 +32,7 @@ def mean_square(outputs, targets):
     return jnp.mean((outputs - targets) ** 2)
 
 
+@pytest.mark.slow
 def test_a_call_leaves_the_variables_as_they_were():
     """Outside of an operator too, where nnx writes running statistics into what it is given."""
     model_fn, variables = spectra.nnx_model(Normalised(nnx.Rngs(0)), batch_stats="batch")
@@ -43,6 +44,7 @@ def test_a_call_leaves_the_variables_as_they_were():
     np.testing.assert_array_equal(model_fn(variables, X), outputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [jax.random.key, jax.random.PRNGKey], ids=["typed", "raw"])
 def test_functions_of_equal_keys_are_equal(make):
     """Raw keys are arrays of two numbers, whose comparison has no truth value."""

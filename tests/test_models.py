@@ -72,6 +72,7 @@ def nnx_operator(batch_stats):
 ADAPTERS = {"linen": linen_operator, "nnx": nnx_operator}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_running_statistics_are_constants(adapter, x64):
     model_fn, variables = ADAPTERS[adapter]("running")
@@ -91,6 +92,7 @@ def batch_normalised_loss(w):
     return 0.5 * ((z - y) ** 2).sum(1).mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_batch_statistics_are_differentiated(adapter, x64):
     torch = pytest.importorskip("torch")
@@ -105,6 +107,7 @@ def test_batch_statistics_are_differentiated(adapter, x64):
     assert relative_error(op.as_matrix(), expected) <= 64 * np.finfo(float).eps
 
 
+@pytest.mark.slow
 def test_compiled_code_is_shared_between_checkpoints():
     traces = 0
 
@@ -129,6 +132,7 @@ def test_compiled_code_is_shared_between_checkpoints():
             assert traces == before
 
 
+@pytest.mark.slow
 def test_tied_weights_are_one_parameter(x64):
     """f = Wᵀ W x with W used twice: H by PyTorch's double backward."""
     torch = pytest.importorskip("torch")
@@ -145,6 +149,7 @@ def test_tied_weights_are_one_parameter(x64):
     assert relative_error(op.as_matrix(), expected) <= 64 * np.finfo(float).eps
 
 
+@pytest.mark.slow
 def test_frozen_and_integer_leaves(x64):
     """Embedding table, frozen; its index, an integer; only the output layer varies."""
     params = {
@@ -192,6 +197,7 @@ def attended(kind, attention, causal_mask):
 SEQUENCE = np.random.default_rng(0).standard_normal((2, 3, 20, 6)).astype(np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["linen", "nnx"])
 def test_attention_layers_take_another_function(kind):
     calls = []
@@ -211,6 +217,7 @@ def test_attention_layers_take_another_function(kind):
     np.testing.assert_allclose(got, expected, atol=40 * np.finfo("f").eps * np.abs(expected).max())
 
 
+@pytest.mark.slow
 def test_dropout_of_attention_is_refused():
     module = nn.MultiHeadDotProductAttention(num_heads=2, dropout_rate=0.5, deterministic=False)
     model = spectra.linen_model(module, attention=spectra.attention, rngs={"dropout": jax.random.key(1)})
@@ -275,6 +282,7 @@ def evaluated(variables, batch):
     return half_square(noisy.apply(variables, batch[0], train=False), batch[1])
 
 
+@pytest.mark.slow
 def test_running_statistics_that_would_vary_are_named():
     """Without wrt= nothing says that they are no parameters, and the Hessian has their rows, too."""
     with pytest.warns(UserWarning, match=r"4 numbers of the model's state.*wrt='params'"):

@@ -127,6 +127,7 @@ def test_merging_keeps_neighbours_apart_and_first_moments():
     assert len(rules.merge(np.linspace(0, 1, 11), np.full(11, 1 / 11), np.ones(11), 0.25)[0]) == 4
 
 
+@pytest.mark.slow
 def test_inside_jit_the_rule_is_the_same(bare):
     run = jax.jit(lambda op, key: spectra.slq(op, key=key, num_steps=100, num_probes=4, basis="none"))
     inside = run(operator(), KEY)
@@ -137,6 +138,7 @@ def test_inside_jit_the_rule_is_the_same(bare):
     assert np.all((lower <= truth) & (truth <= upper))
 
 
+@pytest.mark.slow
 def test_with_outliers_deflated_it_is_the_run_with_a_basis():
     """W1 to the truth at most 1.2 of that with a basis, mean over probes of both."""
     op = operator()
@@ -220,6 +222,7 @@ def test_a_basis_that_does_not_fit_is_answered_with_none(bare):
         spectra.slq(operator(), key=KEY, num_steps=9, basis="none", basis_dtype="bfloat16")
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_its_checkpoint_is_two_vectors(tmp_path, bare):
     folder = tmp_path / "run"
     op = operator()

@@ -75,6 +75,7 @@ def test_a_stream_and_one_batch_agree_at_every_scale():
         np.testing.assert_allclose(found.noise, size**2 * whole.noise, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_interval_is_where_the_difference_is_within_its_error():
     found = estimate(X)
     low, value, high = found.interval(0.9)
@@ -160,6 +161,7 @@ def test_coverage_of_few_gradients_along_one_direction(law, count, length, least
     assert held >= least * 600
 
 
+@pytest.mark.slow
 def test_what_has_no_noise_scale_is_refused():
     with pytest.raises(spectra.StructureError, match="GradientCovarianceOperator"):
         spectra.gradient_noise_scale(spectra.MatrixOperator(jnp.eye(2)))  # pyright: ignore
@@ -167,6 +169,7 @@ def test_what_has_no_noise_scale_is_refused():
         estimate(X[:3], np.array([1.0, 0.0, 2.0]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [0.3, 1e-20])
 def test_equal_gradients_have_no_noise_within_their_rounding(size):
     """The squares of which tr Σ is the difference are off by a few eps: that is its error, and no more."""

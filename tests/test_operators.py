@@ -74,6 +74,7 @@ def test_prepared_and_batched_products_equal_the_plain_product(name, x64):
         assert np.linalg.norm(flat - other) <= 2 * tolerance(op) * scale
 
 
+@pytest.mark.slow
 def test_a_pytree_product_has_the_structure_of_the_parameters():
     op = Ridge().operator()
     v = {"w": jnp.ones(5), "b": jnp.ones(())}
@@ -145,6 +146,7 @@ def test_a_product_says_what_is_wrong_with_its_vector(name):
             jax.jit(op.mv)({"w": jnp.ones((2, 3)), "b": jnp.ones(2)})
 
 
+@pytest.mark.slow
 def test_an_operator_may_have_a_shape_of_its_own():
     @dataclasses.dataclass(frozen=True)
     class Image(spectra.LinearOperator):

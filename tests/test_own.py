@@ -161,6 +161,7 @@ OP = spectra.MatrixOperator(jnp.diag(ENTRIES))
 START = jnp.ones(N)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reorthogonalize", ["full", "none"])
 def test_steps_of_ones_own_are_those_of_lanczos(reorthogonalize):
     """From a loop in Python, a compiled one, and products taken elsewhere: T to the rounding of a product."""
@@ -183,6 +184,7 @@ def test_steps_of_ones_own_are_those_of_lanczos(reorthogonalize):
         assert result.status == whole.status
 
 
+@pytest.mark.slow
 def test_an_iteration_that_stops_holds_what_it_has_done():
     iteration = spectra.LanczosIteration(OP, 12)
     state = iteration.init(START)
@@ -253,6 +255,7 @@ def squares(w, x):
     return jnp.mean((x @ w) ** 2)
 
 
+@pytest.mark.slow
 def test_what_is_known_of_an_operator_is_known_of_what_it_is_made_of():
     data = jnp.eye(3)
     coarse = spectra.HessianOperator(squares, jnp.ones(3), data, matmul_precision="bfloat16")

@@ -67,6 +67,7 @@ def test_what_is_left_as_it_is(like):
         assert layout_of(Diagonal(like)) is None
 
 
+@pytest.mark.slow
 def test_a_run_that_is_saved_holds_vectors_as_those_of_any_number_of_devices(tmp_path):
     op, b = diagonal(3), jax.tree.map(jnp.ones_like, diagonal(3).like)
     saved = tmp_path / "run"
@@ -93,12 +94,14 @@ def operations(leaves):
     return len(re.findall(r"stablehlo\.", linear_run._block_chunk.lower(*arguments).as_text()))
 
 
+@pytest.mark.slow
 def test_a_leaf_costs_a_program_of_the_solver_its_own_product_alone():
     """A slice, a product and a piece of a concatenation; leaf by leaf it has 192 operations for each."""
     few, many = operations(4), operations(24)
     assert (many - few) / 20 < 12
 
 
+@pytest.mark.slow
 def test_results_are_in_the_form_of_the_parameters():
     op, key = diagonal(FEW + 1), jax.random.key(0)
     spectrum = entries(op)

@@ -112,6 +112,7 @@ def test_a_page_is_well_formed_and_loads_nothing(name, tmp_path):
     assert len(ids) == len(set(ids))
 
 
+@pytest.mark.slow
 def test_text_is_escaped(tmp_path):
     report = spectrum_report(HOSTILE)
     text = spectra.write_report(report, tmp_path / "page.html", title=None).read_text()
@@ -124,6 +125,7 @@ def test_text_is_escaped(tmp_path):
     assert curve(text)[0]["name"] == HOSTILE
 
 
+@pytest.mark.slow
 def test_the_page_says_what_the_bands_mean_and_how_to_compute_again(tmp_path):
     report = spectrum_report()
     path = report.save(tmp_path / "mine")
@@ -154,6 +156,7 @@ def received(**facts):
 COMMAND = 'x"; rm -rf ~ #'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", slow_but(["spectra", "jax", "key", "date", "source"], "spectra", "key", "source")
 )
@@ -181,6 +184,7 @@ def test_only_results_have_a_page(tmp_path):
         spectra.write_report(tmp_path / "none.npz", tmp_path / "page")
 
 
+@pytest.mark.slow
 def test_the_command_line_writes_the_page_and_pictures_of_every_kind(tmp_path):
     runner = CliRunner()
     for name in ("eigenpairs", "history", "blocks"):

@@ -92,6 +92,7 @@ def test_inside_jit_it_is_refused():
         jax.jit(lambda t: pairs(jnp.asarray(MATRIX, jnp.float32) * t).values)(1.0)
 
 
+@pytest.mark.slow
 def test_values_have_derivatives_in_forward_mode_and_vectors_nan(x64):
     """Also the sum of two that are equal, whose vectors have no derivative."""
     q = rotation(N)

@@ -74,6 +74,7 @@ def mean_square(out, y):
 TOLERANCE = 32 * 1.2e-7
 
 
+@pytest.mark.slow
 def test_flax_linen_variables():
     model = Linen()
     variables = model.init(KEY, X)
@@ -88,6 +89,7 @@ def test_flax_linen_variables():
     assert jax.tree.structure(product) == jax.tree.structure(variables)
 
 
+@pytest.mark.slow
 def test_flax_nnx_state():
     graph, state = nnx.split(Nnx(nnx.Rngs(0)))
     op = spectra.HessianOperator(lambda s, b: mean_square(nnx.merge(graph, s)(b[0]), b[1]), state, (X, Y))
@@ -120,6 +122,7 @@ def nested(p):
     return {"first": [p["k1"], p["b1"]], "second": (p["k2"], p["b2"])}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dtype", slow_but([jnp.bfloat16, jnp.float16], jnp.bfloat16), ids=["bfloat16", "float16"]
 )
@@ -145,6 +148,7 @@ def test_half_precision_parameters_give_the_float32_hessian_at_their_values(dtyp
     assert np.isfinite(q.nodes).all()
 
 
+@pytest.mark.slow
 def test_one_leaf_in_half_precision_leaves_the_others_alone(x64):
     p = parameters(jnp.float64)
     p["k1"] = p["k1"].astype(jnp.bfloat16)
@@ -177,6 +181,7 @@ TREES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but(TREES, "scalar leaf", "empty leaf", "custom node"))
 def test_shapes_and_containers_of_leaves(name):
     params = TREES[name]
@@ -221,6 +226,7 @@ def whole_loss(model, x):
     return jnp.mean(hidden.reshape(len(x), model.heads, -1) ** 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [jnp.array(0.7), 0.7], ids=["array", "number left out"])
 def test_what_is_no_array_is_a_constant(scale, x64):
     """The Hessian of the same loss with those constants written in, by `jax.hessian`."""
@@ -240,6 +246,7 @@ def test_what_is_no_array_is_a_constant(scale, x64):
     assert list(op.blocks()) == ["weight"]
 
 
+@pytest.mark.slow
 def test_all_arrays_of_a_model_with_functions_vary_by_default(x64):
     model = Whole(jnp.ones((4, 2)), jnp.tanh, jnp.array(0.7), 2, "whole")
     op = spectra.HessianOperator(whole_loss, model, jnp.asarray(X, float))
@@ -267,6 +274,7 @@ def test_static_parts_tell_compiled_code_apart():
     assert len({unhashable, unhashable, paths.Static([1])}) == 2
 
 
+@pytest.mark.slow
 def test_many_leaves_are_one_operator():
     params = {f"{i:03}": jnp.full((2,), 1.0 + i) for i in range(60)}
     op = spectra.HessianOperator(lambda p, _: sum(jnp.sum(x**3) / 6 for x in p.values()), params, None)

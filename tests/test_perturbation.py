@@ -53,6 +53,7 @@ def test_changes_pairs_and_sets_are_those_of_the_matrix():
     np.testing.assert_allclose(found.lengths, [np.linalg.norm(d) for d in deltas.values()], rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_rounded_layers_change_the_loss_as_predicted(stream):
     op = network()
@@ -75,6 +76,7 @@ def test_rounded_layers_change_the_loss_as_predicted(stream):
     assert "measured" in repr(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slow_in_double", [False, True])
 def test_measured_changes_of_a_good_fit_are_right_to_their_rounding(slow_in_double, monkeypatch):
     """Residuals of 1e-4 of outputs near one are rounded as the outputs are; the second parts overlap."""
@@ -102,6 +104,7 @@ def test_measured_changes_of_a_good_fit_are_right_to_their_rounding(slow_in_doub
         assert abs(found.measured_all - change(together)) <= found.rounding_all
 
 
+@pytest.mark.slow
 def test_rounding_is_that_of_the_definition():
     op = network()
     for axis in (0, 1, None):
@@ -116,6 +119,7 @@ def test_rounding_is_that_of_the_definition():
             assert deltas[name]["c"] is None
 
 
+@pytest.mark.slow
 def test_pruning_takes_the_smallest_of_each_leaf():
     op = network()
     deltas = spectra.pruning_deltas(op, 1 / 3, by="leaf")

@@ -22,6 +22,7 @@ def _spiked():
     return spectra.slq(spectra.MatrixOperator(jnp.diag(values)), key=KEY, num_steps=20, num_probes=2)
 
 
+@pytest.mark.slow
 def test_the_line_of_a_small_learning_rate_leaves_the_spectrum_visible():
     """2 / 1e-4 is a thousand times the largest eigenvalue: a linear axis would show the line alone."""
     ax = spectra.plot_density(_spiked(), learning_rate=1e-4)
@@ -42,6 +43,7 @@ def test_a_narrow_axis_on_one_side_of_zero_is_labelled_by_powers_of_ten(sign):
     np.testing.assert_allclose(sorted(abs(ticks[(low <= ticks) & (ticks <= high)])), [0.1, 1.0])
 
 
+@pytest.mark.slow
 def test_ranks_are_whole_numbers():
     for k in (1, 2, 5):
         pairs = spectra.eigsh(spectra.MatrixOperator(jnp.diag(jnp.linspace(0.0, 1.0, 40))), k, key=KEY)
@@ -57,6 +59,7 @@ def test_a_spectrum_without_a_name_is_in_the_legend():
     assert len(ax.figure.legends[0].get_texts()) == 3
 
 
+@pytest.mark.slow
 def test_a_long_title_stays_in_the_picture():
     ax = spectra.plot_density(_spiked(), title="a title of many words " * 4)
     ax.figure.canvas.draw()

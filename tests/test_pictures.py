@@ -153,12 +153,14 @@ def test_density_linear():
     return spectra.plot_density(bulk, xscale="linear", yscale="linear")
 
 
+@pytest.mark.slow
 @compared
 def test_comparison():
     results = {"wide": quadrature(), "narrow": density(scale=0.1, seed=3), "small": quadrature(1e-2, seed=4)}
     return spectra.plot_comparison(results, learning_rate=0.1)
 
 
+@pytest.mark.slow
 @compared
 def test_blocks():
     results = {f"layer_{i}": quadrature(10.0**-i, seed=i) for i in range(5)}
@@ -175,11 +177,13 @@ def test_eigenvalues():
     return spectra.plot_eigenvalues(pairs())
 
 
+@pytest.mark.slow
 @compared
 def test_density_over_time():
     return spectra.plot_density_over_time(history(), learning_rate=True, limit=14.0)
 
 
+@pytest.mark.slow
 @compared
 def test_eigenvector_mass():
     return spectra.plot_eigenvector_mass(pairs(), by="leaf")
@@ -190,11 +194,13 @@ def test_landscape():
     return spectra.plot_landscape(plane())
 
 
+@pytest.mark.slow
 @compared
 def test_cdf_complement():
     return spectra.plot_cdf(quadrature(), yscale="complement")
 
 
+@pytest.mark.slow
 @compared
 def test_many_blocks():
     return spectra.plot_blocks({f"layer_{i}": density(scale=10 ** (-i / 7), seed=i) for i in range(21)})[0]
@@ -360,6 +366,7 @@ def test_kernels_of_two_widths_are_two_bars_and_of_one_width_one():
     assert len(bars(spectra.plot_comparison([density(), density(seed=1)]))) == 1
 
 
+@pytest.mark.slow
 def test_a_figure_of_its_own_says_what_its_marks_are():
     def marks(figure):
         return {text.get_text() for legend in figure.legends for text in legend.get_texts()}
@@ -383,6 +390,7 @@ def test_a_figure_of_its_own_says_what_its_marks_are():
 LONG = "encoder/layers_11/self_attention/query_projection/kernel_of_head"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", slow_but([1, 3, 6, 20], 3, 20))
 @pytest.mark.parametrize("name", slow_but(["a", LONG], LONG))
 def test_a_legend_fits_its_figure(count, name):
@@ -404,6 +412,7 @@ def test_no_band_hides_the_edges_of_another():
         assert band.get_zorder() < min(line.get_zorder() for line in ax.get_lines())
 
 
+@pytest.mark.slow
 def test_many_spectra_are_shades_in_their_order_and_no_band_is_cut():
     ax = spectra.plot_comparison([density(scale=1 + i) for i in range(8)])
     greys = [plt.matplotlib.colors.to_rgb(line.get_color()) for line in ax.get_lines()]
@@ -542,6 +551,7 @@ def test_the_distribution_from_above_counts_what_is_above():
         spectra.plot_cdf(q, yscale="cubic")
 
 
+@pytest.mark.slow
 def test_more_than_twenty_blocks_are_rows_of_colours():
     results = {f"layer_{i}": density(seed=0) for i in range(21)}
     (ax,) = spectra.plot_blocks(results)
@@ -614,6 +624,7 @@ def test_the_heat_map_shows_the_recorded_sharpness_and_limits():
     assert recorded.plot(colorbar=False).child_axes == []
 
 
+@pytest.mark.slow
 def test_a_long_history_is_drawn_without_what_is_not_seen(monkeypatch):
     """A page of 2,000 snapshots took half an hour, most of it for the bands of densities in colour."""
     few = history(4)
@@ -640,6 +651,7 @@ def test_a_long_history_is_drawn_without_what_is_not_seen(monkeypatch):
     assert "at 300 of the 2,000 snapshots, evenly chosen, and the largest of them at each snapshot" in words
 
 
+@pytest.mark.slow
 def test_rows_of_long_names_are_told_apart():
     """Their ends alone are the same for all layers of a transformer."""
     assert short_names(["a/kernel", "b/bias"]) == ["a/kernel", "b/bias"]
@@ -670,6 +682,7 @@ def test_the_mass_of_eigenvectors_adds_up_to_one():
     np.testing.assert_allclose(table[3, 2], largest)
 
 
+@pytest.mark.slow
 def test_the_loss_in_a_plane_is_that_of_numpy(x64):
     ridge = Ridge()
     values, vectors = np.linalg.eigh(ridge.hessian())
@@ -696,6 +709,7 @@ def test_the_loss_in_a_plane_is_that_of_numpy(x64):
         assert np.abs(near.loss - near.center).max() > 1e-5
 
 
+@pytest.mark.slow
 def test_the_slice_of_a_block_moves_that_block_only():
     ridge = Ridge()
     block = ridge.operator().block("w")
@@ -724,6 +738,7 @@ def test_several_densities_take_a_title_and_a_bandwidth():
     np.testing.assert_allclose(ax.get_lines()[1].get_ydata().max(), drawn.density.max())
 
 
+@pytest.mark.slow
 def test_what_cannot_be_drawn_is_refused():
     for rate in (0.0, -0.1, np.nan):
         with pytest.raises(spectra.SpectraError, match=f"learning_rate={rate}: use a positive number"):

@@ -198,6 +198,7 @@ def test_what_is_no_sample_is_refused():
         spectra.population(centred, key=key)
 
 
+@pytest.mark.slow
 def test_it_is_saved_and_loaded(tmp_path):
     found = spectra.population(operator(draw(0, 40)), key=jax.random.key(0), num_batches=8)
     again = spectra.load(spectra.save(found, tmp_path / "population"))
@@ -209,6 +210,7 @@ def masked_loss(w, batch):
     return 0.5 * jnp.sum(batch["weight"] * (batch["x"] @ w) ** 2) / jnp.sum(batch["weight"])
 
 
+@pytest.mark.slow
 def test_batches_of_padding_do_not_count():
     """A batch without weight has no mean: the truth is the interval without its examples, one a batch."""
     x = np.float32(np.random.default_rng(0).standard_normal((24, 2)))
@@ -232,6 +234,7 @@ def test_batches_of_padding_do_not_count():
         spectra.population(few, key=jax.random.key(0), num_batches=24)
 
 
+@pytest.mark.slow
 def test_no_share_of_a_trace_that_nothing_is_taken_from_is_above_all_of_it():
     """Of rank one: the largest eigenvalue is all of the trace, and its limits are about that."""
 

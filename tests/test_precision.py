@@ -64,6 +64,7 @@ def test_estimates_multiply_in_full_precision(name, precisions):
     assert set(precisions) == {HIGHEST}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but(DIFFERENTIATED, "slq", "trace"))
 def test_derivatives_of_estimates_multiply_in_full_precision(name, precisions):
     jax.eval_shape(jax.grad(of_matrix(ESTIMATES[name])), MATRIX)

@@ -176,6 +176,7 @@ def test_adagrad_leaves_parameters_without_gradient_where_they_are():
     np.testing.assert_allclose(op.as_matrix(), np.diag([1.0, 0.0, 0.5]), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_state_of_an_nnx_optimizer_and_a_trace():
     class Model(nnx.Module):
         def __init__(self):
@@ -252,6 +253,7 @@ def test_what_has_no_diagonal_p_is_refused(name):
         spectra.PreconditionedOperator(ridge.operator(), state, update_fn=optimizer.update)
 
 
+@pytest.mark.slow
 def test_what_a_state_does_not_say_is_asked_for():
     ridge, adam = Ridge(), optax.adam(RATE)
     op, params = ridge.operator(), ridge.params()

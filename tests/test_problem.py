@@ -49,6 +49,7 @@ def run(tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_every_operator_of_a_problem(x64):
     net = Network()
     data = (jnp.asarray(net.x), jnp.asarray(net.labels))
@@ -87,6 +88,7 @@ def test_one_block_from_the_shell(run):
     assert report.smallest.estimate >= -1e-6 * report.largest.estimate
 
 
+@pytest.mark.slow
 def test_all_blocks_from_the_shell(run):
     done, out = run("--blocks", "layer", "--steps", "10")
     assert done.exit_code == 0, done.output

@@ -58,6 +58,7 @@ def check(test, examples, **strategies):
     settings(max_examples=examples, **options)(given(**strategies)(test))()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("examples", slow_but([4, 30], 4))
 def test_symmetric_and_positive_semi_definite(examples):
     check(
@@ -96,6 +97,7 @@ def symmetric_and_positive_semi_definite(shape, kind, microbatch, seed):
         assert np.linalg.eigvalsh((matrix + matrix.T) / 2).min() >= -limit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("examples", slow_but([3, 10], 3))
 def test_hessian_is_the_gauss_newton_matrix_of_a_linear_model(examples):
     check(of_a_linear_model, examples, shape=TREES, seed=st.integers(0, 2**16))

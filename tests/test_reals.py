@@ -44,6 +44,7 @@ def test_values_are_those_of_numpy(name):
     assert (of.rounding > 0) == ("float32" in name)
 
 
+@pytest.mark.slow
 def test_a_function_of_jax_meets_few_numbers_of_eigenvalues():
     """Each other number of them compiles its operations anew."""
     seen = []
@@ -92,6 +93,7 @@ def test_a_traced_number_in_a_function_is_refused():
             jax.grad(number)(1.0, find)
 
 
+@pytest.mark.slow
 def test_the_mean_of_a_quadrature_is_that_of_its_nodes():
     zeros = spectra.DiagonalOperator(jnp.array([0.0] * 20 + [1.0, 2.0]))
     quadrature = spectra.slq(zeros.shift(1.0), key=jax.random.key(0), num_steps=5, num_probes=4)

@@ -45,6 +45,7 @@ def test_a_share_of_the_norm_is_no_negative_number(zero_tol):
         spectra.spectrum(diagonal(VALUES, "float32"), key=jax.random.key(0), zero_tol=zero_tol)
 
 
+@pytest.mark.slow
 def test_counts_are_of_the_thresholds_that_are_printed():
     """Of |H| = 2.449, a tenth is 0.2449 and printed as 0.24: 0.242 is above that."""
     values = np.array([2.449, 0.242, 0.02445, *np.zeros(17)])
@@ -52,6 +53,7 @@ def test_counts_are_of_the_thresholds_that_are_printed():
     assert "1 above 1.2, 2 above 0.24, 3 above 0.024" in repr(report)
 
 
+@pytest.mark.slow
 def test_shares_of_a_norm_in_doubt_hold_for_all_that_it_may_be():
     """Ritz values after 6 steps are up to 2 % inside of the edges, and half of the largest may be on
     the other side of what lies just below half of |H|: 1 in 6 of all were said to be beyond it, with all
@@ -85,6 +87,7 @@ def headless():
     plt.close("all")
 
 
+@pytest.mark.slow
 def test_report_states_the_extremes_within_their_intervals(report):
     # Float32 products: the intervals take in the noise floor, which is about eps |H|.
     assert report.largest.lower <= 80 <= report.largest.upper
@@ -107,6 +110,7 @@ def test_condition_number_is_a_lower_bound(report):
     assert 1 <= report.condition_lower_bound <= true * (1 + 1e-3)
 
 
+@pytest.mark.slow
 def test_trace_error_is_covered_at_its_rate():
     """|error| < 2 stderr in 95 % of 100 runs; fewer than 88 hits has probability 0.3 %."""
     estimates = [spectra.report.spectrum.trace_estimate(q) for q in runs_of(8, short_run(VALUES, 8 * 100))]
@@ -182,6 +186,7 @@ def test_a_null_operator_can_be_drawn():
     spectra.plot_density(spectra.spectral_density(q)).figure.canvas.draw()
 
 
+@pytest.mark.slow
 def test_command_line_runs_a_problem_shows_and_plots_it(tmp_path):
     file = tmp_path / "quadratic.py"
     file.write_text(PROBLEM)
@@ -200,6 +205,7 @@ def test_command_line_runs_a_problem_shows_and_plots_it(tmp_path):
     assert picture.read_bytes()[:4] == b"%PDF"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [

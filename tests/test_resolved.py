@@ -119,6 +119,7 @@ def test_simple_eigenvalues_are_atoms():
         assert not len(without(q).resolved)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but(SPECTRA, "pairs and singles"))
 def test_intervals_of_traces_hold_at_their_rate(name):
     values = SPECTRA[name]
@@ -184,6 +185,7 @@ def run(op, key):
     return spectra.slq(op, key=key, num_steps=40, num_probes=3)
 
 
+@pytest.mark.slow
 def test_a_run_tells_copies_apart(tmp_path):
     q = run(OP, jax.random.key(0))
     outer = q.resolved[q.resolved > 2]
@@ -194,6 +196,7 @@ def test_a_run_tells_copies_apart(tmp_path):
     np.testing.assert_allclose(traced.resolved[traced.resolved > 2], SIMPLE, atol=10 * q.noise_floor)
 
 
+@pytest.mark.slow
 def test_all_eigenvalues_resolved_leave_nothing_to_sampling():
     op = spectra.MatrixOperator(jnp.diag(jnp.array([0.5, 1.0, 2.0, 4.0, 10.0])))
     q = spectra.slq(op, key=jax.random.key(1), num_steps=5, num_probes=3)
@@ -208,6 +211,7 @@ def test_all_eigenvalues_resolved_leave_nothing_to_sampling():
     assert spectra.count_above(q, 1.5).interval() == (3.0, 3.0, 3.0)
 
 
+@pytest.mark.slow
 def test_a_curve_that_is_known_is_the_exact_one_to_the_bit():
     """Shares j / n where all that is sampled lies on one side: no sum of rounded parts beside them."""
     eigenvalues = np.concatenate([np.linspace(0.0, 0.1, 180), np.linspace(1.0, 30.0, 23)])

@@ -86,6 +86,7 @@ def made():
     return {type(result).__name__: result for result in results}
 
 
+@pytest.mark.slow
 def test_what_holds_several_results_prints_as_a_table(made):
     several = [result for result in made.values() if isinstance(result, Named)]
     assert several

@@ -133,6 +133,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(name, look
     assert_same(whole, again)
 
 
+@pytest.mark.slow
 def test_a_search_for_copies_that_is_killed_goes_on_with_the_rows_that_it_has(monkeypatch, tmp_path):
     """No copy is there: the search ends by its count of rows, and the bound that it leaves rests on them."""
     values = np.concatenate([np.linspace(-1.0, 3.0, N - 3, dtype=np.float32), [7.0, 8.0, 9.0]])
@@ -158,6 +159,7 @@ def test_a_search_for_copies_that_is_killed_goes_on_with_the_rows_that_it_has(mo
     assert again.missed == whole.missed == 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but(["eigsh", "xtrace", "kpm"], "eigsh"))
 def test_a_signal_saves_and_the_same_call_computes_the_rest_only(name, looks, tmp_path):
     call, op = CALLS[name], operator()
@@ -198,6 +200,7 @@ def test_a_search_whose_products_ran_out_goes_on_with_more(tmp_path):
     assert pairs.num_matvecs <= whole.num_matvecs + 1  # two at a time, from where it ended
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "more", "differs"),
     [
@@ -217,6 +220,7 @@ def test_a_checkpoint_of_other_arguments_or_another_function_is_refused(name, mo
         spectra.slq(op, key=KEY, num_steps=5, num_probes=1, checkpoint=tmp_path)
 
 
+@pytest.mark.slow
 def test_a_function_that_refuses_numbers_beyond_the_spectrum_is_told_from_another(tmp_path):
     def function(factor):
         def scaled_root(x):
@@ -289,6 +293,7 @@ def test_the_width_of_a_sketch_is_that_before_where_memory_has_changed(looks, mo
     assert_same(whole, call(op, checkpoint=tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["xtrace", "funm"])
 def test_what_is_damaged_is_computed_anew_with_a_warning(name, looks, tmp_path):
     call, op = CALLS[name], operator()
@@ -312,6 +317,7 @@ def test_progress_says_how_far_it_is(name, capsys):
     assert name != "eigsh" or "3 of 3 pairs" in said
 
 
+@pytest.mark.slow
 def test_a_basis_on_the_host_gives_the_same_pairs(tmp_path):
     with pytest.raises(spectra.SpectraError, match="eigenvectors are sums"):
         CALLS["eigsh"](operator(), basis="none")
@@ -347,6 +353,7 @@ def child(folder, at):
     return subprocess.Popen(command, env=environment(cache=False), stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_eigsh_of_a_process_that_was_killed_goes_on_in_another(tmp_path):
     running = child(tmp_path / "saved", 9)
     _, said = running.communicate()

@@ -109,6 +109,7 @@ def test_the_coarsest_operation_on_what_varies_is_found(loss_fn):
     assert loss_is_computed_in(loss_fn) == CASTS[loss_fn]
 
 
+@pytest.mark.slow
 def test_constants_may_be_cast():
     """The body in bfloat16 is a constant to the head; blocks and streams know it as the whole does."""
     assert loss_is_computed_in(cast_layer, wrt="head") == "float32"
@@ -133,6 +134,7 @@ def test_float32_layers_of_a_model_in_float64(x64):
     assert op.computes_in == "float32"
 
 
+@pytest.mark.slow
 def test_a_model_in_bfloat16_has_its_noise_stated():
     """Against float64 at the same weights; the floor is 4 eps |H|, and 0.8 to 1.4 eps |H| were seen."""
     with jax.enable_x64(True):
@@ -178,6 +180,7 @@ def skew(w):
 skew.defvjp(lambda w: (skew(w), w), lambda w, g: (g * jnp.cumsum(w, axis=0),))
 
 
+@pytest.mark.slow
 def test_an_error_names_the_cast_and_the_remedy():
     def loss_fn(params, x):
         del x

@@ -97,6 +97,7 @@ def saturated(params, batch):
     return jnp.mean(jax.nn.softplus(-labels * (inputs @ params)))
 
 
+@pytest.mark.slow
 def test_a_saturated_classifier(x64):
     """Every example is classified with a margin of 45 at least: what curvature is left is 1e-21."""
     inputs = np.random.default_rng(0).standard_normal((200, 10))
@@ -131,6 +132,7 @@ def holds_or_says_why(call, holds):
     return holds(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", ["one batch", "stream"])
 def test_underflow_is_in_what_is_stated_or_is_said_to_be_the_reason(cut):
     """Of data at 1e-18 the terms of a product are 1e-37, of which float32 has no digits below 1e-38.
@@ -200,6 +202,7 @@ def bands(op, scale):
     )
 
 
+@pytest.mark.slow
 def test_bands_in_float64_know_no_scale_up_to_1e90_and_are_refused_beyond(x64):
     values = np.linspace(-1.0, 3.0, N)
     base = bands(diagonal(values), 1.0)

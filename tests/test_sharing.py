@@ -49,6 +49,7 @@ def batch_of(op, num_probes=8):
     return estimate(op, place_basis(op), num_steps=4, num_probes=num_probes).probe_batch
 
 
+@pytest.mark.slow
 def test_probes_share_what_is_not_saved():
     params, x = arrays()
     choices: list[tuple[Any, dict[str, Any]]] = [
@@ -108,6 +109,7 @@ def dense_network(params, x):
     return jnp.mean((x @ params[-1]) ** 2)
 
 
+@pytest.mark.slow
 def test_a_product_costs_what_is_stated():
     """Two gradients at most, as XLA counts them, where what a product needs is saved; three where it is not.
 
@@ -163,6 +165,7 @@ def words(tokens=TOKENS):
     return params, (jnp.asarray(rng.standard_normal((2, tokens, HIDDEN))), jnp.asarray(labels))
 
 
+@pytest.mark.slow
 def test_logits_in_chunks_change_no_matrix(x64):
     params, batch = words()
     v = jax.tree.map(jnp.cos, params)
@@ -225,6 +228,7 @@ class Head(NamedTuple):
     kernel: jax.Array
 
 
+@pytest.mark.slow
 def test_vocabulary_loss_takes_its_outputs_as_a_named_tuple():
     def model_fn(params, x):
         return jnp.tanh(x @ params["in"]), params["words"]

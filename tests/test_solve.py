@@ -111,6 +111,7 @@ def bulk_solution(matrix, b, inverse):
     return spectra.solve(op, b, tol=0.1, method="cg", preconditioner=inverse)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", slow_but(["cg", "minres"], "cg"))
 def test_rounding_holds_what_it_is_and_is_no_more(method):
     """Of a product, and of the entries of matrix and b, in float64 before: it was 100 to 5,000 times that.
@@ -161,6 +162,7 @@ def test_the_rounding_of_the_constants_of_a_loss_counts():
         assert away <= found.rounding <= most, c
 
 
+@pytest.mark.slow
 def test_the_rounding_of_constants_is_that_of_the_type_that_a_loss_computes_in():
     """The Hessian is 2 c, and c is bfloat16's."""
     for c in (0.1, 0.3):
@@ -179,6 +181,7 @@ def masked_cross_entropy(w, x):
     return -jnp.mean(jax.nn.log_softmax(logits)[:, 0])
 
 
+@pytest.mark.slow
 def test_the_rounding_is_a_number_where_a_loss_has_infinite_constants():
     """Numbers of a matrix may have been rounded before they were given; -inf, which masks logits, was not."""
     draw = np.random.default_rng(0)
@@ -194,6 +197,7 @@ def test_the_rounding_is_a_number_where_a_loss_has_infinite_constants():
     assert found.rounding <= 8 * slack
 
 
+@pytest.mark.slow
 def test_the_rounding_of_a_shift_counts():
     """0.1 in float32 is off by 1.5e-9: all that a residual of I - 0.1 I is, whose entries are exact."""
     b = np.arange(1.0, 4.0)
@@ -252,6 +256,7 @@ def test_a_dense_matrix_ends_what_the_iteration_does_not(x64):
     assert error <= found.error_bound < 1e-2 * np.linalg.norm(found.x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", slow_but([1e-30, 1e30], 1e-30))
 def test_the_answer_follows_the_scale(scale):
     op, _, b = system("indefinite", 3.0, 0, jnp.float32)
@@ -315,6 +320,7 @@ class TestOnALoss:
         assert jax.grad(of)(1.0, False) == pytest.approx(difference, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_derivatives_in_b_and_in_the_shift_inside_jit(x64):
     op, entries, b = system("indefinite", 3.0, 0, jnp.float64)
 
@@ -363,6 +369,7 @@ class TestPreconditioners:
         q = rotation(self.n)
         return spectra.MatrixOperator(jnp.asarray((q * (self.values * signs)) @ q.T, jnp.float32))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "kind", slow_but(["nystrom", "nystrom, indefinite", "pairs", "inverse", "function"], "nystrom")
     )
@@ -388,6 +395,7 @@ class TestPreconditioners:
         if kind == "nystrom":  # with the sketch as well
             assert found.num_matvecs + found.preconditioner_matvecs <= 0.6 * plain.num_matvecs
 
+    @pytest.mark.slow
     def test_right_hand_sides_share_the_sketch(self):
         op, rng = self.operator(), np.random.default_rng(3)
         options = {"shift": self.shift, "tol": 2e-4, "preconditioner": "nystrom", "key": KEY}
@@ -430,6 +438,7 @@ class TestPreconditioners:
         # 1.09 of the best in the mean over other spectra, at worst 1.83: see `OUTLIER`.
         assert found.num_matvecs + found.preconditioner_matvecs <= 1.25 * min(totals) < max(totals) / 1.25
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "cls", slow_but([spectra.KFACOperator, spectra.EKFACOperator], spectra.EKFACOperator)
     )
@@ -489,6 +498,7 @@ def test_a_start_near_the_solution():
     assert found.num_matvecs < spectra.solve(op, b, max_matvecs=200).num_matvecs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("traced", slow_but([False, True], False))
 def test_what_the_start_loses_to_rounding_is_not_called_converged(traced):
     """x0 + dx is rounded to eps |x|, which the iteration for dx does not see: 3 of these were "converged"."""
@@ -505,6 +515,7 @@ def test_what_the_start_loses_to_rounding_is_not_called_converged(traced):
     assert not (np.asarray(found.converged) & ~reached).any()
 
 
+@pytest.mark.slow
 def test_a_shift_in_float64_of_a_matrix_in_float32():
     """With x64 on: rounding is that of the product, where the shift is not rounded; warnings are errors."""
     with jax.enable_x64(True):
@@ -547,6 +558,7 @@ def test_a_start_along_the_null_space_does_not_make_b_leave_the_range():
         assert abs(residual - found.residual_norm) <= found.rounding
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", slow_but(["cg", "minres"], "minres"))
 def test_no_more_products_than_allowed_watched_or_not(method, capsys):
     """The last one is that of the check, in whatever mode the budget ends; a bar changes nothing."""
@@ -572,6 +584,7 @@ def test_where_there_is_no_solution_the_distance_of_b_from_the_range_is_bounded(
     assert "distance of b from the range  at most 1.0000" in str(found)
 
 
+@pytest.mark.slow
 def test_the_quadratic_form_holds_where_cg_did_not_see_that_the_operator_is_indefinite():
     op = spectra.MatrixOperator(jnp.diag(jnp.array([1.0, -0.01])))
     found = spectra.solve(op, jnp.array([1.0, 0.3]), tol=0.5, method="cg", lower_bound=0.0099)
@@ -580,6 +593,7 @@ def test_the_quadratic_form_holds_where_cg_did_not_see_that_the_operator_is_inde
     assert low <= 1 - 0.3**2 / 0.01 <= high
 
 
+@pytest.mark.slow
 def test_the_quadratic_form_is_bracketed_for_any_symmetric_operator_and_under_jit_and_grad(x64):
     """bᵀA⁻¹b has the derivative -bᵀA⁻¹b in a factor of A; the form was NaN here, and its derivative zero."""
     _, entries, b = system("indefinite", 3.0, 0, jnp.float64)
@@ -643,6 +657,7 @@ def test_a_right_hand_side_that_is_no_number():
     assert (spectra.solve(op, 0 * b).x == 0).all()
 
 
+@pytest.mark.slow
 def test_a_side_that_the_device_takes_for_zero_is_refused():
     """Below the normal numbers of float32, 1.2e-38; zero is a number, and so is what rounding hides."""
     op = spectra.MatrixOperator(jnp.diag(jnp.arange(1.0, 5.0)))

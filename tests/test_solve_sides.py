@@ -86,6 +86,7 @@ def test_rounding_does_not_bring_directions_back(count, monkeypatch):
     assert without.num_matvecs >= 1.3 * found.num_matvecs
 
 
+@pytest.mark.slow
 def test_right_hand_sides_that_depend_on_each_other_are_no_breakdown(x64):
     a, b = matrix(), columns()
     op = spectra.MatrixOperator(jnp.asarray(a))
@@ -135,6 +136,7 @@ def test_blocks_whose_products_come_in_parts(x64):
     assert (np.linalg.norm(root.value - truth, axis=0) <= root.error_bound).all()
 
 
+@pytest.mark.slow
 def test_each_goes_on_by_itself_where_the_curvature_is_not_positive(x64):
     signs = np.where(np.arange(N) % 3, 1.0, -1.0)
     a, b = matrix(signs, 10.0), columns()
@@ -232,6 +234,7 @@ def test_all_modes_at_once_give_what_the_wanted_one_gives_alone(x64):
     assert met == {Mode.CG, Mode.MINRES, Mode.CHECK, Mode.NULL}
 
 
+@pytest.mark.slow
 def test_step_and_check_of_a_block_at_once_give_what_the_wanted_one_gives_alone(x64):
     """As above: a CPU takes one of two branches, other devices choose between both results."""
     values = jnp.geomspace(1.0, 100.0, N)

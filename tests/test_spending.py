@@ -58,6 +58,7 @@ def test_a_cluster_of_copies_is_not_taken_for_one_eigenvalue(x64):
     assert not np.isin(0.0, np.round(plans._resolved(q, 20), 6))
 
 
+@pytest.mark.slow
 def test_a_goal_out_of_reach_has_no_plan(x64):
     q = spectra.slq(
         spectra.MatrixOperator(np.diag(np.linspace(-1, 1, N))), key=KEY, num_steps=8, num_probes=1
@@ -65,6 +66,7 @@ def test_a_goal_out_of_reach_has_no_plan(x64):
     assert plans.best_plan(q, open_share(1e-9), 100) is None
 
 
+@pytest.mark.slow
 def test_intervals_hold_and_few_products_are_spent():
     keys = jax.random.split(KEY, 24)
     found = [spectra.logdet(OP, SHIFT, key=key, tol=0.005, bounds=(0.0, None)) for key in keys]

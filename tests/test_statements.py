@@ -40,6 +40,7 @@ def test_bounds_that_need_no_rounding_are_not_moved():
     assert text.enclosed(14.5, 11.96, 17.31) == "14.5 [11.9, 17.4]"
 
 
+@pytest.mark.slow
 def test_what_a_report_prints_holds_as_printed():
     values = np.r_[np.linspace(-0.3, 1.0, 3000), 5.0, 7.0]
     for report in (
@@ -64,6 +65,7 @@ def test_what_a_report_prints_holds_as_printed():
             assert 100 * share.upper <= high + half
 
 
+@pytest.mark.slow
 def test_a_summary_prints_intervals_that_contain_its_own():
     blocks = {"a": np.linspace(-0.3, 1.0, 400), "b": np.geomspace(1e-3, 1, 300)}
     runs = spectra.slq({k: diagonal(v) for k, v in blocks.items()}, key=KEY, num_steps=20, num_probes=2)
@@ -75,6 +77,7 @@ def test_a_summary_prints_intervals_that_contain_its_own():
         assert low <= record["stable_rank_lower"] < record["stable_rank_upper"] <= high
 
 
+@pytest.mark.slow
 def test_a_double_eigenvalue_is_not_called_a_single_one(tmp_path, x64):
     op, shown = diagonal(np.r_[np.linspace(0.0, 1.0, 2000), 5.0, 5.0, 7.0]), 0
     for seed in range(6):
@@ -97,6 +100,7 @@ def test_a_double_eigenvalue_is_not_called_a_single_one(tmp_path, x64):
     assert shown >= 2
 
 
+@pytest.mark.slow
 def test_a_page_says_which_kernel_it_drew(tmp_path):
     op = diagonal(np.linspace(-1.0, 3.0, 300))
     quadrature = spectra.slq(op, key=KEY, num_steps=20, num_probes=2)
@@ -110,6 +114,7 @@ def test_a_page_says_which_kernel_it_drew(tmp_path):
         assert ("grows with the distance" in page) == ("grows" in words)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -160,6 +165,7 @@ def test_bounds_in_the_table_of_layers_are_rounded_to_their_side():
     assert dict(found["layer"].rows())["rank"] == "190 [180, 197] of 200"
 
 
+@pytest.mark.slow
 def test_a_snapshot_that_has_not_converged_says_at_least_everywhere(tmp_path):
     tracker = spectra.SpectrumTracker(
         lambda t: diagonal((1 + t) * np.r_[np.linspace(0, 1, 499), 1.002]), 1, num_steps=3, tol=0.02
@@ -177,6 +183,7 @@ def test_a_snapshot_that_has_not_converged_says_at_least_everywhere(tmp_path):
     assert float(stated[1]) == pytest.approx(2.004, rel=0.02)
 
 
+@pytest.mark.slow
 def test_all_data_of_subsets_may_be_the_ones_that_have_not_converged():
     def small(batch):
         # Each subset has one eigenvalue apart from a bulk, and all data have many close ones.

@@ -304,6 +304,7 @@ def test_muon_is_at_the_edge_of_its_whole_update_map():
 
 
 # Of the others in benchmarks/results/training.md the curvature moves by more within the steps watched.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("network", "optimizer"),
     [

@@ -92,6 +92,7 @@ def saturated_loss(w, x):
     return jnp.sum(jax.nn.sigmoid(x * w))
 
 
+@pytest.mark.slow
 def test_krylov_says_what_a_loss_that_saturates_cannot_resolve():
     """1 / (1 + exp(-30)) is 1 in float32: all products are zero, of a Hessian that is not."""
     op = spectra.HessianOperator(saturated_loss, jnp.full(6, 30.0), jnp.ones(6))
@@ -270,6 +271,7 @@ def test_memory_for_float64_is_that_of_all_vectors_of_a_kronecker_product(monkey
     assert doubled(op) is None
 
 
+@pytest.mark.slow
 def test_asymmetry_by_rounding_is_named():
     """A softmax is sure of every example: what is left of its products is rounding."""
 

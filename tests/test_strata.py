@@ -108,6 +108,7 @@ def test_the_variance_of_the_law_is_that_over_many_draws(total):
     np.testing.assert_allclose(np.mean(variances, 0) / np.var(means), 1, atol=0.16)
 
 
+@pytest.mark.slow
 def test_an_interval_from_a_part_of_the_data_holds_them():
     x = draw(2, 600)
     exact = np.linalg.eigvalsh(moments(x))[-1]

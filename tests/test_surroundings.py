@@ -64,6 +64,7 @@ def test_jax_checks_the_code_of_its_user_and_not_that_of_the_package(name):
         np.testing.assert_array_equal(flat(found), plain)
 
 
+@pytest.mark.slow
 def test_a_search_for_nans_is_one_in_the_code_of_the_user():
     """A square root was tried at -1e-8, below a zero eigenvalue: FloatingPointError."""
     one, v = spectra.MatrixOperator(jnp.diag(jnp.array([2.0, 0.0, 0.0]))), jnp.array([1.0, 1.0, 0.0])

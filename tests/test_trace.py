@@ -275,6 +275,7 @@ def test_two_probes_state_what_they_know(method, num_matvecs, x64):
     assert np.mean(held) >= 0.93
 
 
+@pytest.mark.slow
 def test_intervals_of_adaptive_runs_hold(x64):
     eigenvalues = DECAYS["polynomial"]
     op = spectra.MatrixOperator(planted(eigenvalues))
@@ -293,6 +294,7 @@ def test_intervals_of_adaptive_runs_hold(x64):
     assert len(set(spent)) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", slow_but(METHODS[1:], "xtrace"))
 def test_a_tolerance_ends_a_sketch_early(method, x64):
     # Hutch++ has a third of its products for the samples that it counts, and looks after twelve.
@@ -309,6 +311,7 @@ def test_a_tolerance_ends_a_sketch_early(method, x64):
     assert tight.num_matvecs <= budget
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", slow_but([*METHODS, "exact"], "xtrace", "exact"))
 def test_the_batch_of_probes_changes_rounding_only(method, x64):
     op = spectra.MatrixOperator(jnp.asarray(planted(DECAYS["polynomial"])))
@@ -365,6 +368,7 @@ def test_estimates_are_equivariant_under_scaling(name, method, scale, x64):
     assert abs(norms[1].value / scale - norms[0].value) <= tol
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but(OPERATORS, "matrix", "masked stream of microbatches"))
 def test_every_operator_has_its_trace(name):
     op, dense = OPERATORS[name]()
@@ -413,6 +417,7 @@ def test_frobenius_norm(name, num_matvecs, x64):
     assert got.method == {1: "hutchinson", BUDGET: "xtrace", 100: "exact"}[num_matvecs]
 
 
+@pytest.mark.slow
 def test_model_trace_is_that_of_the_composed_loss():
     rng = np.random.default_rng(0)
     inputs, targets = rng.standard_normal((20, 4)), rng.standard_normal(20)
@@ -430,6 +435,7 @@ def test_model_trace_is_that_of_the_composed_loss():
     assert groups.value["b"] == pytest.approx(2.0, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_auto_states_its_reason(monkeypatch, x64):
     small, large = (spectra.MatrixOperator(np.eye(n)) for n in (10, N))
     assert spectra.trace(small, key=KEY).method == "exact"
@@ -517,6 +523,7 @@ def test_the_norm_names_the_tolerance_that_was_given():
     assert spectra.frobenius_norm(op, key=None, tol=0.6).value == pytest.approx(3**0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rank", "products"), [(1, 4), (4, 10)])
 def test_groups_of_a_sketch_that_holds_the_range_are_exact(rank, products):
     """Sketches without one more probe do not hold it: groups were stated to a million roundings and more."""

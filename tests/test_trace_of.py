@@ -143,6 +143,7 @@ def test_no_interval_leaves_what_is_possible(quadratures, x64):
 RATES = ["log", "inverse", "effective dimension", "rank one", "rank deficient log"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but(RATES, "log"))
 def test_intervals_hold_at_their_rate(name, x64):
     entries, f = {
@@ -207,6 +208,7 @@ def test_the_log_determinant_of_half_the_identity_is_exact(dtype):
 DEFICIENT = np.append(np.arange(1.0, 6.0), np.zeros(95))
 
 
+@pytest.mark.slow
 def test_the_exponential_of_a_rank_deficient_matrix():
     exponents = DEFICIENT / 2
     op = spectra.MatrixOperator(planted(exponents))
@@ -245,6 +247,7 @@ def test_eigenvalues_at_a_pole_to_rounding_have_no_estimate():
         assert np.isfinite(spectra.trace_of(found, f).stderr)
 
 
+@pytest.mark.slow
 def test_one_step_says_nothing_of_the_signs_of_eigenvalues():
     """Its node is their mean: positive here, where two in five are negative, as f is at them."""
     eigenvalues = np.concatenate([np.linspace(-1, -0.1, 20), np.linspace(0.1, 3, 30)])
@@ -325,6 +328,7 @@ def test_slow_convergence_from_one_side_is_many_times_the_last_change(x64):
     assert np.median(wide) < 8 * np.median([abs(e.value - truth) for e in found])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_steps", slow_but([3, 10], 3))
 @pytest.mark.parametrize("f", [np.log, np.reciprocal, lambda x: x**-0.25], ids=["log", "inverse", "power"])
 def test_a_function_that_ends_at_zero_is_bounded_down_to_zero(f, num_steps, x64):
@@ -344,6 +348,7 @@ def test_a_quadrature_is_no_other_run_than_it_was(quadratures, x64):
     assert spectra.trace_of(q, np.log, num_steps=5, num_probes=3, key=KEY).value == same.value
 
 
+@pytest.mark.slow
 def test_a_tolerance_adds_probes_or_says_that_the_budget_ended(x64):
     op = diagonal(EIGENVALUES)
     loose = spectra.trace_of(op, np.sqrt, key=KEY, num_steps=STEPS, num_probes=200, tol=0.02)
@@ -380,6 +385,7 @@ def wide():
         return spectra.slq(diagonal(WIDE), key=KEY, num_steps=60, num_probes=4 * 60)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threshold", slow_but([-0.5, 0.0, 2.0, 2.9, 2.985], 0.0, 2.985))
 def test_counts_hold_at_their_rate(threshold, wide):
     truth, held, widths = np.sum(threshold < WIDE), 0, []
@@ -427,6 +433,7 @@ def test_estimates_are_equivariant_under_scaling(scale, x64):
     assert counts[1].value == pytest.approx(counts[0].value, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_intervals_from_inside_jit_hold_at_their_rate(x64):
     """One eigenvalue dominates: the spread of eight samples would say too little, see `error_of_powers`."""
     entries = np.append(np.linspace(0.0, 0.02, N - 1), 3.0)
@@ -439,6 +446,7 @@ def test_intervals_from_inside_jit_hold_at_their_rate(x64):
     assert np.mean(held) >= 0.93  # 95 % less by two standard errors of 1.1 %
 
 
+@pytest.mark.slow
 def test_inside_jit_nodes_below_a_known_bound_are_at_it():
     """A product with a singular matrix leaves nodes of -1e-8, of which there is no root."""
     entries = np.append(np.zeros(30), np.linspace(0.1, 1.0, 20))

@@ -83,6 +83,7 @@ def test_every_snapshot_has_the_eigenvalues_of_the_dense_hessian():
     assert "steps 0 to 15" in repr(history)
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_after_the_first_snapshot():
     compiled = []
 
@@ -118,6 +119,7 @@ def test_warm_starts_need_fewer_products_than_cold_ones():
     assert max(products[1:]) < products[0]
 
 
+@pytest.mark.slow
 def test_an_eigenvalue_that_overtakes_in_an_orthogonal_direction_is_seen():
     """Vectors of the old leading eigenvalue lie in an invariant space without the new one."""
     bulk = np.linspace(0.0, 0.1, 60)
@@ -132,6 +134,7 @@ def test_an_eigenvalue_that_overtakes_in_an_orthogonal_direction_is_seen():
         np.testing.assert_allclose(snapshot.sharpness, max(2.0, 1.0 + step), rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_network_that_has_grown_is_begun_anew():
     """Vectors of the network before are no start for it; and a count of tokens is a step, too."""
     small = start()
@@ -184,6 +187,7 @@ def test_numbers_of_any_library_are_recorded_and_others_named():
         tracker(0, params)
 
 
+@pytest.mark.slow
 def test_a_preconditioned_operator_takes_the_optimizer_state_along():
     optimizer = optax.adam(1e-2)
     params = start()
@@ -217,6 +221,7 @@ def test_an_nnx_loop():
     np.testing.assert_allclose(snapshot.sharpness, exact[-1], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_streamed_data():
     ridge = Ridge()
     tracker = spectra.SpectrumTracker(lambda _: ridge.operator(ridge.parts(4)), 1)
@@ -436,6 +441,7 @@ def test_a_file_of_another_kind_is_left_as_it_is(content, tmp_path):
     assert path.read_bytes() == content
 
 
+@pytest.mark.slow
 def test_a_file_that_was_removed_is_written_anew_with_all_that_is_known(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tracker = spectra.SpectrumTracker(doubling, 1, path="run/h.jsonl", num_steps=4, name="tiny")
@@ -469,6 +475,7 @@ for i in range(400):
 """
 
 
+@pytest.mark.slow
 def test_processes_that_add_lines_wait_for_each_other(tmp_path):
     pytest.importorskip("fcntl")
     path = tmp_path / "lines"
@@ -683,6 +690,7 @@ def test_no_course_no_warning():
     assert warned([np.inf, np.inf, np.inf, np.inf, 5.0], warn_ahead=50) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["sgd, rate grows", *(pytest.param(n, marks=pytest.mark.slow) for n in [*spikes.PROVOKED][1:])]
 )

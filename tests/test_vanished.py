@@ -42,6 +42,7 @@ LOSSES = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", slow_but([underflows, rounds_to_one, below_float32], below_float32))
 def test_every_error_holds_the_matrix_that_was_not_resolved(loss):
     with jax.enable_x64(True):
@@ -101,6 +102,7 @@ def test_an_eigenvalue_that_rounding_hides_is_within_the_errors_of_the_largest(t
     assert "0 ± " in str(found)
 
 
+@pytest.mark.slow
 def test_zeros_that_no_rounding_is_seen_in_are_not_noisy():
     """A loss that is linear has no curvature, and its products are exact."""
     op = spectra.HessianOperator(lambda p, x: jnp.mean(x @ p), jnp.ones(30), jnp.ones((4, 30)))
@@ -118,6 +120,7 @@ def test_errors_of_groups_and_entries_are_not_zero_either(loss):
     assert np.min(spectra.diagonal(op, key=KEY, num_matvecs=6).stderr) > 0
 
 
+@pytest.mark.slow
 def test_a_matrix_of_zeros_is_zero():
     op = spectra.MatrixOperator(jnp.zeros((20, 20)))
     report = spectra.spectrum(op, key=KEY, num_steps=3, num_probes=2)

@@ -71,6 +71,7 @@ def test_the_page_follows_a_file_that_grows_line_by_line(recorded, tmp_path):
     assert page.text() is text  # nothing has changed: nothing is drawn again
 
 
+@pytest.mark.slow
 def test_what_is_wrong_with_a_file_is_on_the_page_and_the_rest_is_shown(recorded, tmp_path):
     damaged, other, gone = (tmp_path / name / "run.jsonl" for name in "abc")
     for path in (damaged, other):
@@ -95,6 +96,7 @@ def test_what_is_wrong_with_a_file_is_on_the_page_and_the_rest_is_shown(recorded
     assert page.text().count("<figure>") == 4
 
 
+@pytest.mark.slow
 def test_it_is_served_to_this_machine_and_to_nobody_else(recorded, tmp_path):
     path = tmp_path / "run.jsonl"
     path.write_bytes(b"".join(recorded[:2]))
@@ -124,6 +126,7 @@ def test_it_is_served_to_this_machine_and_to_nobody_else(recorded, tmp_path):
         thread.join()
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_be_shown_hides_no_other(recorded, tmp_path):
     good, bad = (tmp_path / f"{name}.jsonl" for name in ("good", "bad"))
     good.write_bytes(b"".join(recorded))
@@ -142,6 +145,7 @@ def test_a_run_that_cannot_be_shown_hides_no_other(recorded, tmp_path):
     assert "bad: cannot be shown" in words(LivePage([bad]))
 
 
+@pytest.mark.slow
 def test_a_page_that_failed_is_made_again(recorded, tmp_path, monkeypatch):
     path = tmp_path / "run.jsonl"
     path.write_bytes(b"".join(recorded[:2]))
@@ -193,6 +197,7 @@ def test_a_browser_that_is_closed_before_its_answer_is_no_error(capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_the_page_is_written_beside_a_finished_run(recorded, tmp_path):
     path, out = tmp_path / "run.jsonl", tmp_path / "page.html"
     path.write_bytes(b"".join(recorded))

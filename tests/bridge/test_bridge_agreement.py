@@ -134,6 +134,7 @@ def test_another_gradient_is_refused_with_its_cause(name):
         bridge.from_torch(module, torch.zeros(3, 4, dtype=module.last.weight.dtype))
 
 
+@pytest.mark.slow
 def test_a_changed_output_is_refused_with_its_cause(tmp_path):
     module = nn.Embedding(7, 4, max_norm=1.0)
     before = module.weight.detach().clone()
@@ -156,11 +157,13 @@ class _Drawn(nn.Module):
         return self.weight * x * random.random()
 
 
+@pytest.mark.slow
 def test_a_number_drawn_by_python_is_noticed():
     with pytest.raises(BridgeError, match="output differs"):
         bridge.from_torch(_Drawn(), torch.randn(3, 4))
 
 
+@pytest.mark.slow
 def test_a_function_behind_layers_of_zeros_is_found():
     """Where a layer starts from zeros, no gradient passes it at the example."""
     net = _Net(_Reversal.apply)
@@ -228,6 +231,7 @@ LEGITIMATE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     slow_but(
@@ -241,6 +245,7 @@ def test_what_agrees_is_accepted(name):
     bridge.from_torch(module, torch.randn(3, 4), train=name.endswith("norm"))
 
 
+@pytest.mark.slow
 def test_a_derivative_rounded_by_pytorch_is_accepted(x64):
     """PyTorch rounds 1/α of CELU to float32 in its backward: 3e-8 off in float64."""
     bridge.from_torch(nn.Sequential(nn.Linear(4, 5), nn.CELU(0.7)).double(), torch.randn(3, 4).double())
@@ -269,6 +274,7 @@ def _random_states():
     return random.getstate(), legacy[1].tolist(), torch.get_rng_state().tolist()
 
 
+@pytest.mark.slow
 def test_nothing_moves():
     module = _Moving()
     module.norm.eval()

@@ -45,6 +45,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but(CASES, "added, a row at the lowest number"))
 def test_values_and_second_derivatives_are_pytorchs(name, monkeypatch, x64):
     monkeypatch.setattr(products, "_written_out", None)  # not the short way

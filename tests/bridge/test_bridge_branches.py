@@ -116,6 +116,7 @@ def _assembled(document, damage):
     return bridge.load(other)
 
 
+@pytest.mark.slow
 def test_an_unsupported_operator_in_a_branch_is_named_at_export():
     class Sampled(nn.Module):
         def forward(self, x):

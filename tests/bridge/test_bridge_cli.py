@@ -121,6 +121,7 @@ def test_without_torch(file, tmp_path, monkeypatch):
     assert "needs PyTorch" in str(done.exception)
 
 
+@pytest.mark.slow
 def test_float64_modules_are_exported_whatever_the_flags(tmp_path):
     """Only whoever loads them needs x64."""
     spectra.bridge.export(torch.nn.Linear(2, 2).double(), torch.ones(3, 2, dtype=torch.float64), tmp_path)

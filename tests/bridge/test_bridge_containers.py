@@ -53,6 +53,7 @@ RESULTS = {
 }
 
 
+@pytest.mark.slow
 def test_results_in_containers(tmp_path):
     """One module with all of them, in memory and from files."""
     module = _Returns(lambda h: {name: make(h) for name, (make, _, _) in RESULTS.items()})
@@ -81,6 +82,7 @@ def test_fields_in_a_file_are_identifiers(fields):
         graph.check(tree, 2, "file")
 
 
+@pytest.mark.slow
 def test_distributions_and_complex_numbers_inside(x64):
     class Inside(nn.Module):
         def __init__(self):
@@ -132,6 +134,7 @@ PACKED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but(PACKED, "RNN, one layer"))
 def test_packed_sequences(name, x64):
     module = PACKED[name].double()
@@ -142,6 +145,7 @@ def test_packed_sequences(name, x64):
     assert np.isnan(model.apply(model.params, ids.numpy(), lengths.clamp(max=6).numpy())[0]).all()
 
 
+@pytest.mark.slow
 def test_recurrent_layers_take_any_number_of_steps(x64):
     class Last(nn.Module):
         def __init__(self):
@@ -154,6 +158,7 @@ def test_recurrent_layers_take_any_number_of_steps(x64):
     _agrees(Last().double(), (torch.randn(3, 3, 3).double(),), (torch.randn(2, 5, 3).double(),))
 
 
+@pytest.mark.slow
 def test_several_free_axes():
     model = bridge.from_torch(nn.Conv1d(4, 2, 3), torch.ones(3, 4, 8), batch_axis=[(0, 2)])
     assert model.apply(model.params, np.ones((2, 4, 11), np.float32)).shape == (2, 2, 9)
@@ -189,6 +194,7 @@ def _decoder(name):
     return getattr(transformers, "GPT2LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM")(config).eval()
 
 
+@pytest.mark.slow
 def test_a_decoder_with_its_cache():
     """The default call returns keys and values for the next token, too."""
     module, ids = _decoder("GPT2"), torch.randint(0, 30, (3, 6))

@@ -117,6 +117,7 @@ class _Clamp(nn.Module):
         return x.clamp(0.0, 1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("release", "slope"), [("2.13.0+cpu", [1, 1, 0, 0, 0]), ("2.14.1+cu130", [0, 0, 0, 0, 0])]
 )
@@ -236,6 +237,7 @@ def test_singular_vectors_that_complete_a_basis(x64):
         np.testing.assert_allclose(ours, truth, rtol=0, atol=1e-12 * np.linalg.norm(truth))
 
 
+@pytest.mark.slow
 def test_singular_values_by_the_default_of_pytorch():
     class Nuclear(nn.Module):
         def __init__(self):

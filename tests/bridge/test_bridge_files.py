@@ -73,6 +73,7 @@ def _check_without_torch(names: list[str], folder: Path, dtype: torch.dtype) -> 
     assert not wrong
 
 
+@pytest.mark.slow
 def test_round_trip_without_torch(tmp_path):
     _check_without_torch(["tied_detached", "embedding_bags"], tmp_path, torch.float32)
 
@@ -83,6 +84,7 @@ def test_all_round_trips_without_torch(tmp_path, dtype):
     _check_without_torch(list(CASES), tmp_path, dtype)
 
 
+@pytest.mark.slow
 def test_files_are_equivalent_to_memory(tmp_path):
     module, example = prepare(CASES["tied_detached"], torch.float32, 3)
     bridge.export(module, example, tmp_path / "model")
@@ -102,6 +104,7 @@ def test_files_are_equivalent_to_memory(tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_exporting_twice_gives_the_same_bytes(tmp_path):
     module, example = prepare(CASES["cnn"], torch.float32, 3)
     for name in ("a", "b"):
@@ -148,6 +151,7 @@ def _same(model, other) -> bool:
     return model.graph == other.graph and arrays[0] == arrays[1]
 
 
+@pytest.mark.slow
 def test_damaged_files(files, tmp_path):
     """500 damaged graphs and 500 damaged weights: an error of the bridge, or the very same model.
 
@@ -194,6 +198,7 @@ def _neighbours(value):
     return [{**value, "x": 0}, [value], 0] if isinstance(value, dict) else [0, False, ""]
 
 
+@pytest.mark.slow
 def test_every_changed_field_is_refused(files):
     """Each field of the document in turn: removed, or another value, also of another type that is equal.
 
@@ -243,6 +248,7 @@ def _mutate(graph: bytes, rng: np.random.Generator) -> bytes:
     return json.dumps(document).encode()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", slow_but([300, 1000], 300))
 def test_forged_graphs(count, files, tmp_path):
     """Well-signed graphs, one entry changed: an error, or a graph that still evaluates."""
@@ -358,6 +364,7 @@ def test_inputs_of_impossible_sizes(files, tmp_path):
         _load(tmp_path, _forged(files, change), files[1])
 
 
+@pytest.mark.slow
 def test_a_pytorch_file_takes_no_more_memory_than_its_length_allows(tmp_path):
     """A view of one number is a gigabyte as an array; a packed archive holds more than it is long."""
     torch.save({"w": torch.zeros(1).expand(2**18, 2**10)}, tmp_path / "view.pt")
@@ -438,6 +445,7 @@ def test_damaged_weights_alone(files, tmp_path):
     assert refused > 100
 
 
+@pytest.mark.slow
 def test_what_cannot_be_a_folder_is_named(tmp_path):
     (tmp_path / "file").write_text("kept")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")

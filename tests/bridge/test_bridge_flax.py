@@ -45,6 +45,7 @@ class TorchSmall(nn.Module):
         return self.layers[0](self.ln(x).mean((1, 2))) + (self.shift - 0.5)
 
 
+@pytest.mark.slow
 def test_linen(tmp_path):
     module, x = TorchSmall().eval(), torch.randn(2, 4, 8, 8)
     bridge.export(module, x, tmp_path)
@@ -58,6 +59,7 @@ def test_linen(tmp_path):
     assert jax.tree.structure(variables) == jax.tree.structure(empty)
 
 
+@pytest.mark.slow
 def test_attention_fused_and_separate():
     mha = nn.MultiheadAttention(8, 2, batch_first=True)
     nn.init.normal_(mha.in_proj_bias)
@@ -116,6 +118,7 @@ class Unnamed(linen.Module):
         return linen.Dense(3)(jnp.tanh(linen.Dense(8)(x)))
 
 
+@pytest.mark.slow
 def test_modules_without_namesakes_match_by_shape():
     module = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
     x = torch.randn(2, 5)
@@ -124,6 +127,7 @@ def test_modules_without_namesakes_match_by_shape():
     np.testing.assert_allclose(result, module(x).detach(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_ambiguous_shapes_need_rename():
     module = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
 

@@ -65,6 +65,7 @@ def test_functions(family):
     assert all(outcome.errors is None for outcome in outcomes.values()), outcomes
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_float64")
 @pytest.mark.parametrize(
     ("family", "reason"),

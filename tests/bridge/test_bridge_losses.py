@@ -96,6 +96,7 @@ def test_class_axis_and_ignore_index():
     _same(ours, F.cross_entropy(torch.tensor(x), torch.tensor(y), ignore_index=2))
 
 
+@pytest.mark.slow
 def test_targets_outside_of_the_classes_give_nan():
     for target in (7, 3, -1):
         for smoothing in (0.0, 0.1):
@@ -186,6 +187,7 @@ def test_weighted_batches_average_to_the_whole(name, options):
     _same(ours, function(module(x), y, **tensors).detach())
 
 
+@pytest.mark.slow
 def test_batches_as_mappings_and_outputs_by_name():
     class Two(nn.Module):
         def __init__(self):
@@ -283,6 +285,7 @@ def _columns(op) -> np.ndarray:
     return np.concatenate([np.reshape(c, (op.size, -1)) for c in jax.tree.leaves(columns)], 1).T
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options", "microbatch"),
     [
@@ -312,6 +315,7 @@ def test_a_torch_loader_gives_pytorchs_hessian(name, options, microbatch, x64):
     np.testing.assert_allclose(_columns(op), expected, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_halves_make_the_gauss_newton_matrix(x64):
     """For a linear model it is the Hessian; the entries are sums of 10 products, as above."""
     model = bridge.from_torch(nn.Linear(4, 3).double(), torch.zeros(2, 4, dtype=torch.float64))
@@ -335,6 +339,7 @@ def test_options_are_checked():
         total.weight((jnp.ones((2, 4)), jnp.array([0, 1])))
 
 
+@pytest.mark.slow
 def test_batches_of_a_tokeniser(x64):
     """Mappings that are no dicts, bfloat16 features, tensors that require gradients."""
     from collections import UserDict
@@ -386,6 +391,7 @@ def _double_backward(module, data):
     return torch.autograd.functional.hessian(loss, start).numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", slow_but([True, False], True))
 def test_statistics_of_a_batch_are_those_of_all_its_examples(train, x64):
     """In training mode a batch may not be cut, not into pieces, not into batches, not into examples."""

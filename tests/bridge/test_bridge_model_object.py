@@ -29,6 +29,7 @@ def _loss(model):
     return lambda params: jnp.mean(jax.nn.logsumexp(model.apply(params, x), -1))
 
 
+@pytest.mark.slow
 def test_linearize_agrees_with_jvp(mlp):
     gradient = jax.jit(jax.grad(_loss(mlp)))
     vector = jax.tree.map(jnp.ones_like, mlp.params)
@@ -39,6 +40,7 @@ def test_linearize_agrees_with_jvp(mlp):
         np.testing.assert_allclose(value, expected[name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_vmap_over_probes_and_over_parameters(mlp):
     vectors = jax.tree.map(lambda p: jnp.stack([jnp.ones_like(p), p]), mlp.params)
 
@@ -149,12 +151,14 @@ def test_tied_and_frozen_parameters(tmp_path):
     assert not model.apply(everything, jnp.zeros((2, 4), int)).any()
 
 
+@pytest.mark.slow
 def test_a_module_that_is_frozen_as_a_whole_keeps_its_parameters():
     model = bridge.from_torch(_Tied().requires_grad_(False), (torch.zeros(2, 4, dtype=torch.long),))
     assert list(model.params) == ["frozen", "embed.weight"]
     assert not model.frozen
 
 
+@pytest.mark.slow
 def test_the_module_is_left_as_it_was():
     module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Dropout())
     module[2].eval()
@@ -169,6 +173,7 @@ def test_the_module_is_left_as_it_was():
     assert {"1.running_mean", "1.running_var"} <= set(model.buffers)  # not differentiated
 
 
+@pytest.mark.slow
 def test_example_of_batch_one_is_dynamic():
     model = spectra.from_torch(nn.Linear(3, 2), torch.zeros(1, 3))
     assert model.apply(model.params, jnp.ones((6, 3))).shape == (6, 2)
@@ -183,6 +188,7 @@ class _Trilinear(nn.Module):
         return torch.einsum("...i,ijk,kl->...jl", x, self.core, self.side)
 
 
+@pytest.mark.slow
 def test_a_product_of_three_factors_takes_any_batch_size():
     """PyTorch searches for the order of such a product by sizes, which would fix them."""
     module, x = _Trilinear(), torch.randn(7, 4)
@@ -202,6 +208,7 @@ class _Branching(nn.Module):
         return x.cumsum(0) if self.condition(x.shape[0]) else x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("condition", "reason"),
     [
@@ -219,6 +226,7 @@ def test_static_batch_is_announced(condition, reason):
         model.apply({}, jnp.ones((4, 2)))
 
 
+@pytest.mark.slow
 def test_batch_axis_for_each_tensor():
     module = nn.Bilinear(2, 3, 4)
     model = bridge.from_torch(module, (torch.ones(5, 2), torch.ones(5, 3)), batch_axis=[0, 0])
@@ -278,6 +286,7 @@ def test_float64_needs_x64():
         bridge.from_torch(module, torch.ones(2, 2, dtype=torch.float64))
 
 
+@pytest.mark.slow
 def test_wide_integers_need_x64():
     class Wide(nn.Module):
         def __init__(self):
@@ -291,6 +300,7 @@ def test_wide_integers_need_x64():
         bridge.from_torch(Wide(), torch.ones(2))
 
 
+@pytest.mark.slow
 def test_keywords_and_constants():
     class Scaled(nn.Module):
         def forward(self, x, scale=1.0, flip=False):
@@ -309,6 +319,7 @@ def test_keywords_and_constants():
         model.apply({}, x=x, flip=False)
 
 
+@pytest.mark.slow
 def test_half_precision_weights():
     module = nn.Linear(3, 2).bfloat16()
     model = bridge.from_torch(module, torch.ones(2, 3, dtype=torch.bfloat16))
@@ -335,6 +346,7 @@ class _Implicit(nn.Module):
         return x * made + torch.sin(n) + n / 3 + n * 0.5 + torch.arange(0, 1, 0.25) + torch.tensor(3.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_default_dtype_of_the_exporting_program(dtype, x64, tmp_path):
     torch.set_default_dtype(dtype)
@@ -350,6 +362,7 @@ def test_default_dtype_of_the_exporting_program(dtype, x64, tmp_path):
     np.testing.assert_allclose(result, expected, atol=12 * 20 * torch.finfo(dtype).eps)
 
 
+@pytest.mark.slow
 def test_a_model_in_a_line():
     """Weights and graph of a large model fill pages."""
     module = torch.nn.Sequential(torch.nn.Linear(300, 40), torch.nn.BatchNorm1d(40), torch.nn.Linear(40, 3))
@@ -358,6 +371,7 @@ def test_a_model_in_a_line():
     assert len(repr(spectra.bridge.make_loss(model, "cross_entropy"))) < 500
 
 
+@pytest.mark.slow
 def test_modules_and_tensors_in_the_place_of_functions_and_arrays():
     module, batch = torch.nn.Linear(3, 2), (torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64))
     own = dict(module.named_parameters())

@@ -59,6 +59,7 @@ ALONE = ("bert", "batch_norm_train")
 FAMILIES = {"small": [n for n in QUICK if n not in ALONE], **{n: [n] for n in ALONE}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_float32(family, monkeypatch):
     """The small ones without the export's own comparison of outputs and gradients, a program for each node:
@@ -90,6 +91,7 @@ def test_float64(x64):
     assert not problems(cases, torch.float64, example=3, batch=4)
 
 
+@pytest.mark.slow
 def test_a_wrong_second_derivative_is_noticed_and_named(monkeypatch):
     """A tanh with the right value and slope, and no curvature: in the one model that has it."""
 

@@ -52,6 +52,7 @@ class _Turned(nn.Module):
         return torch.view_as_real(x * self.unit)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=_name)
 def test_complex_halves(dtype):
     """A module that computes with complex numbers of halves is refused; what is complex64 there, is here."""

@@ -112,6 +112,7 @@ def test_quantized_layers_are_named():
         bridge.from_torch(module, X)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(r"ignore:.*is deprecated")
 def test_wrappers_of_modules():
     """What stands for a module is unwrapped where the module is behind it, and named where it is not."""

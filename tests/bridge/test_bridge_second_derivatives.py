@@ -91,6 +91,7 @@ def test_products_are_those_of_pytorch(x64):
     assert not wrong
 
 
+@pytest.mark.slow
 def test_a_target_that_is_learned():
     """Binary cross entropy by its target, too: the mixed derivative is -1 / (x (1 - x)), both ways."""
     entropy = OPERATORS["aten.binary_cross_entropy.default"]

@@ -90,6 +90,7 @@ def test_values_and_gradients_at_ties():
     assert not wrong
 
 
+@pytest.mark.slow
 def test_scattered_product_of_zeros_has_every_derivative(x64):
     """x·y·z at a place that receives y and z: PyTorch refuses its second derivative at zeros."""
     product = OPERATORS["aten.scatter_reduce.two"]

@@ -127,6 +127,7 @@ def test_values_and_products_are_pytorchs_in_blocks_or_not(attend, monkeypatch, 
         assert np.linalg.norm(one - other) <= 24 * LENGTH * np.finfo(float).eps * np.linalg.norm(other)
 
 
+@pytest.mark.slow
 def test_a_row_without_keys_is_what_it_is_written_out(monkeypatch, x64):
     """0 / 0 after minus infinity, as PyTorch has it; the average of all values after a large number."""
     rows = torch.arange(LENGTH)[:, None] != 3
@@ -142,6 +143,7 @@ def test_a_row_without_keys_is_what_it_is_written_out(monkeypatch, x64):
     np.testing.assert_allclose(got, module(x).detach().numpy(), rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.slow
 def test_not_a_number_hides_nothing(monkeypatch, x64):
     monkeypatch.setattr(products, "LONG", LENGTH)
     x = torch.tensor(np.random.default_rng(0).standard_normal((1, LENGTH, WIDTH)))
