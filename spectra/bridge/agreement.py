@@ -97,7 +97,7 @@ def _reference(module: Any, args: Any, kwargs: Any, trainable: dict[str, torch.n
         for k, p in trainable.items()
         if not k.endswith("bias") and p.numel() and not p.is_inference() and not bool(p.detach().any())
     }
-    others, named = torch_pytree.tree_map_only(torch.Tensor, _varied, (args, kwargs))
+    others, named = torch_pytree.tree_map_only(torch.Tensor, varied, (args, kwargs))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in zeros.values():
@@ -121,7 +121,8 @@ def _reference(module: Any, args: Any, kwargs: Any, trainable: dict[str, torch.n
         return _run(module, args, kwargs, trainable, {})
 
 
-def _varied(tensor: torch.Tensor) -> torch.Tensor:
+def varied(tensor: torch.Tensor) -> torch.Tensor:
+    """An input with noise on it if all its elements are equal, as in an example of zeros."""
     if not tensor.is_floating_point() or tensor.numel() < 2 or bool((tensor != tensor.flatten()[0]).any()):
         return tensor
     noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)

@@ -57,7 +57,7 @@ class UnsupportedOperatorError(BridgeError):
 
 
 class StaticBatchWarning(UserWarning):
-    """Say that a module could only be exported for the example's batch size."""
+    """Say that a module could only be exported for the example's batch size, or branches on a size of one."""
 
 
 class FrozenParametersWarning(UserWarning):

@@ -193,8 +193,9 @@ def export(
             see); or the folder cannot be written. The message names the line and what to write instead.
 
     Warns:
-        StaticBatchWarning: the module's Python code fixes the batch size; the model then accepts only that of
-            the example.
+        StaticBatchWarning: the module's Python code fixes the batch size, or branches on it
+            (`if x.shape[0] > 4`); the model then accepts only that of the example. Where only a size of one
+            takes another branch, the model accepts any, and is the module for two and more.
 
     Examples:
         >>> import tempfile

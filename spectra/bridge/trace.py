@@ -17,6 +17,7 @@ from spectra.bridge.errors import BridgeError, StaticBatchWarning
 from spectra.bridge.lower import lower
 from spectra.bridge.model import TorchModel
 from spectra.bridge.operators.registry import OPERATORS
+from spectra.bridge.other_sizes import other_at_one, other_branch
 from spectra.bridge.refusals import explain, first_line, prepare, quiet, recorded_place
 from spectra.bridge.stand_ins import StandIns, write_out_sparse
 from spectra.operators.batches import to_numpy
@@ -101,6 +102,8 @@ def trace(module: torch.nn.Module, example_inputs: Any, batch_axis: Any, train: 
             + (f": {problem}" if problem else _FIXED),
             StaticBatchWarning,
         )
+    elif problem:
+        warn_user(f"the model is the module for sizes of two and more: {problem}", StaticBatchWarning)
 
     def check(model: TorchModel) -> None:
         with preserved(adapter, train), warnings.catch_warnings(), quiet():
@@ -112,7 +115,7 @@ def trace(module: torch.nn.Module, example_inputs: Any, batch_axis: Any, train: 
 
 
 def _record(adapter: Adapter, args: Any, kwargs: Any, axes: Any) -> Any:
-    """What `lower` returns, and why the batch size is fixed; with experts in a form that has a graph."""
+    """What `lower` returns, and why or where sizes are not free; with experts in a form that has a graph."""
     try:
         return _recorded(adapter, args, kwargs, axes)
     except BridgeError:
@@ -204,7 +207,8 @@ def _size(tensor: torch.Tensor, axis: int | None) -> int | None:
 def _trace(
     module: torch.nn.Module, args: Any, kwargs: Any, axes: list[Axes]
 ) -> tuple[torch.export.ExportedProgram, str]:
-    """Export with free sizes; where that fails, with the example's, and say why."""
+    """Export with free sizes, and say where the module is another function; where that fails or makes another
+    function of it, export with the example's sizes, and say why."""
     problem = ""
     with_time = _with_time(module, axes)
     for free in [with_time, axes] if with_time != axes else [axes] if axes else []:
@@ -217,30 +221,15 @@ def _trace(
         except Exception as error:  # torch.export has no common base class for its refusals
             problem = first_line(error)
             continue
-        problem = _other_branch(program)
+        problem = other_branch(program, module, (args, kwargs))
         if not problem:
-            return program, ""
+            return program, other_at_one(program, module, (args, kwargs))
     try:
         return torch.export.export(module, args, kwargs), problem
     except BridgeError:
         raise
     except Exception as error:
         raise explain(error, module, args, kwargs) from error
-
-
-_ANY = 2**20
-"""Limits of this size come of what a tensor can hold, not of a branch."""
-
-
-def _other_branch(program: torch.export.ExportedProgram) -> str:
-    """The limit of a free size, in words: above it the module takes a branch that was not traced. Those below
-    mostly come of one size that is larger than another, and are not looked at."""
-    given = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"]
-    sizes = {str(size) for value in given if isinstance(value, torch.Tensor) for size in value.shape}
-    for size, values in program.range_constraints.items():
-        if str(size) in sizes and values.upper < _ANY:
-            return f"it takes another branch where a size is above {values.upper}"
-    return ""
 
 
 def _mark_stopped_gradients(graph_module: torch.fx.GraphModule) -> None:

@@ -208,14 +208,19 @@ class _Branching(nn.Module):
         return x.cumsum(0) if self.condition(x.shape[0]) else x
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("condition", "reason"),
     [
-        (lambda size: size == 3, "batch size"),
-        (lambda size: size <= 3, "another branch where a size is above 3"),
+        pytest.param(lambda size: size == 3, "batch size", id="one", marks=pytest.mark.slow),
+        pytest.param(lambda size: size <= 3, "is 4, not 3 .*in forward", id="small", marks=pytest.mark.slow),
+        pytest.param(lambda size: size >= 3, "is 2, not 3 .*in forward", id="large", marks=pytest.mark.slow),
+        pytest.param(
+            lambda size: size % 2 == 1, "another branch where a size is 2, not 3 .*in forward", id="odd"
+        ),
+        pytest.param(
+            lambda size: size != 700, "700, not 3 .*in forward", id="not 700", marks=pytest.mark.slow
+        ),
     ],
-    ids=["one", "small"],
 )
 def test_static_batch_is_announced(condition, reason):
     with pytest.warns(StaticBatchWarning, match=reason):
@@ -224,6 +229,37 @@ def test_static_batch_is_announced(condition, reason):
     assert model.apply({}, jnp.ones((3, 2))).shape == (3, 2)
     with pytest.raises(BridgeError, match="export it again"):
         model.apply({}, jnp.ones((4, 2)))
+
+
+class _Alone(nn.Module):
+    """Another function for one example than for two and more; statistics that a run moves."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(2)
+
+    def forward(self, x):
+        return self.norm(x) if x.shape[0] > 1 else x
+
+
+def test_a_batch_of_one_that_is_another_function_is_announced():
+    module, x = _Alone(), torch.randn(3, 2)
+    with pytest.warns(
+        StaticBatchWarning, match="two and more: it takes another branch where a size is 1, not 3"
+    ):
+        model = bridge.from_torch(module, x, train=True)
+    assert model.dynamic_batch
+    assert all(not value.any() for name, value in model.buffers.items() if name.endswith("mean"))
+
+
+@pytest.mark.slow
+def test_a_size_that_the_module_refuses_is_no_branch():
+    """A convolution asks whether its kernel fits into the input."""
+    module = nn.Sequential(nn.Conv1d(2, 3, 5), nn.Flatten(0))
+    model = bridge.from_torch(module, torch.randn(3, 2, 9), batch_axis=[(0, 2)])
+    x = torch.randn(4, 2, 7)
+    expected = module(x).detach().numpy()
+    np.testing.assert_allclose(model.apply(model.params, x.numpy()), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow

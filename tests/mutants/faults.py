@@ -1834,6 +1834,13 @@ OPERATORS = [
 
 BRIDGE = [
     fault(
+        "the branch that the example takes is taken at every size",
+        "bridge/other_sizes.py",
+        "xreplace(sizes) == False",
+        "xreplace(sizes) is None",
+        "bridge/test_bridge_model_object.py::test_static_batch_is_announced",
+    ),
+    fault(
         "decisions at ties excuse another gradient",
         "bridge/rounding.py",
         "FURTHER, HALF_FURTHER = 256.0, 16.0",
