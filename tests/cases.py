@@ -22,6 +22,10 @@ SHARP = pytest.mark.parametrize(
     "dtype", ["float64", pytest.param("float32", marks=pytest.mark.slow)], indirect=True
 )
 """For the fixture `dtype`: float64, whose bounds are sharper, in every run, and float32 with `-m ''`."""
+COARSE = pytest.mark.parametrize(
+    "dtype", ["float32", pytest.param("float64", marks=pytest.mark.slow)], indirect=True
+)
+"""The other way round, where a fault shows in float32 alone."""
 
 
 def slow_but(names, *always):
@@ -32,6 +36,12 @@ def slow_but(names, *always):
         return pytest.param(*(name if isinstance(name, tuple) else (name,)), marks=pytest.mark.slow)
 
     return [name if name in always else slow(name) for name in names]
+
+
+def all_but(names, *rare):
+    """Parameters, or tuples of them, of which every run takes all but the named ones, and `-m ''` all."""
+    assert {*rare} <= {*names}
+    return slow_but(names, *(name for name in names if name not in rare))
 
 
 N = 48  # one order for all planted spectra: the compiled code is shared

@@ -71,10 +71,7 @@ def loss(attend, args, options):
     return jnp.sum(jnp.sin(attend(*args, **options)))
 
 
-@pytest.mark.parametrize(
-    "name",
-    slow_but(CASES, "mask, a row without keys", "window ahead, the last row without keys"),
-)
+@pytest.mark.parametrize("name", slow_but(CASES, "window ahead, the last row without keys"))
 def test_values_and_products_are_those_of_attention_written_out(name):
     shapes, options = CASES[name]
     with jax.enable_x64(True):

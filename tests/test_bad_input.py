@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.sparse
-from cases import SHARP, SPECTRA, Ridge, planted, ridge_loss
+from cases import COARSE, SHARP, SPECTRA, Ridge, all_but, planted, ridge_loss, slow_but
 
 import spectra
 from spectra import DataError, NonFiniteError, NotSymmetricError, SpectraError, StructureError
@@ -212,8 +212,15 @@ def run_all(op):
     [
         (lambda p, _: jnp.sum(jnp.log(p["w"])), -1.0, "The loss is nan"),
         (lambda p, _: jnp.sum(1 / p["w"]), 0.0, "The loss is inf"),
-        (lambda p, _: jnp.sum(jnp.sqrt(p["w"])), 0.0, "gradient is not, in leaf 'w'"),
-        (lambda p, _: jnp.sum(p["w"] ** 1.5), 0.0, "second derivatives are not"),
+        pytest.param(
+            lambda p, _: jnp.sum(jnp.sqrt(p["w"])),
+            0.0,
+            "gradient is not, in leaf 'w'",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            lambda p, _: jnp.sum(p["w"] ** 1.5), 0.0, "second derivatives are not", marks=pytest.mark.slow
+        ),
         (lambda p, _: jnp.sum(p["w"] ** 2), np.nan, "leaf 'w' holds NaN or infinite"),
     ],
     ids=["loss nan", "loss inf", "gradient", "hessian", "parameter"],
@@ -225,7 +232,7 @@ def test_losses_that_are_not_finite(loss_fn, params, found, linearize):
             call()
 
 
-@pytest.mark.parametrize("made", ["products of gradients", "the loss"])
+@pytest.mark.parametrize("made", slow_but(["products of gradients", "the loss"], "the loss"))
 def test_overflow_is_told_from_a_loss_that_has_no_value(made):
     """All is finite in float64; the advice for NaN would be to look for square roots."""
     if made == "the loss":
@@ -398,6 +405,7 @@ def skewed(v):
 
 
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e6])
+@COARSE
 def test_functions_that_are_not_symmetric(size, dtype):
     a = planted(SPECTRA["indefinite"])
     op = size * spectra.FunctionOperator(skewed, jnp.zeros(len(a), dtype))
@@ -536,7 +544,7 @@ DENSE = {
 
 @SHARP
 @pytest.mark.parametrize("call", DENSE.values(), ids=DENSE)
-@pytest.mark.parametrize("n", [12, 40])
+@pytest.mark.parametrize("n", slow_but([12, 40], 12))
 def test_dense_matrices_of_maps_without_a_symmetric_one(n, call, dtype):
     """Eigenvalues of (A + Aᵀ) / 2 are not those of A, and an affine map has no eigenvalues."""
     for function, message in ((triangular, "not symmetric"), (plus_one, "not linear|not symmetric")):
@@ -685,7 +693,7 @@ WRONG_TYPES = {
 }
 
 
-@pytest.mark.parametrize("name", WRONG_TYPES)
+@pytest.mark.parametrize("name", all_but(WRONG_TYPES, "words of a function", "text for a width"))
 def test_arguments_of_another_type_are_named(name):
     call, text = WRONG_TYPES[name]
     with pytest.raises(spectra.SpectraError, match=re.escape(text)):

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import slow_but
 from threadpoolctl import threadpool_info, threadpool_limits
 
 import spectra
@@ -75,7 +74,7 @@ METHODS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", slow_but(METHODS, "xtrace"))
+@pytest.mark.parametrize("name", METHODS)
 def test_methods_use_it_between_their_products(name, monkeypatch):
     """Small problems run on one thread, and products see the number of the caller."""
     limited, seen = [], []

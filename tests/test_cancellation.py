@@ -189,7 +189,6 @@ def _near_a_multiple_of_the_identity(seed, shift, dtype):
     return np.asarray(shift * np.eye(N) + noise + noise.T, dtype)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("around", slow_but(["a submatrix", "a preconditioner"], "a preconditioner"))
 def test_a_shift_that_cancels_inside_of_another_operator_is_in_its_floor(around):
     """Only the outermost operator was asked: 13 of these 20 calls stated less than they were off by."""

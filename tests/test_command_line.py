@@ -559,9 +559,7 @@ def test_an_interrupt_after_the_run_says_where_the_result_is(problem, tmp_path, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "options", [("--json",), pytest.param(("--quiet",), marks=pytest.mark.slow)], ids=["json", "quiet"]
-)
+@pytest.mark.parametrize("options", [("--json",), ("--quiet",)], ids=["json", "quiet"])
 def test_what_a_problem_prints_is_no_part_of_the_result(options, problem, tmp_path, monkeypatch):
     text = "print('loading')\n" + PROBLEM.replace("    return", "    print('made')\n    return")
     problem.write_text(text)
@@ -616,7 +614,7 @@ def without_reader():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "form",
-    [(), ("--json",), pytest.param(("--quiet",), marks=pytest.mark.slow)],
+    [(), ("--json",), ("--quiet",)],
     ids=["text", "json", "quiet"],
 )
 def test_a_reader_that_has_gone_costs_neither_result_nor_picture(

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import OPERATORS, SHARP, Ridge, ridge_loss, slow_but
+from cases import OPERATORS, Ridge, ridge_loss, slow_but
 
 import spectra
 
@@ -38,7 +38,6 @@ def test_jit_vmap_and_eager_agree_for_every_operator(name, x64):
 
 
 @pytest.mark.slow
-@SHARP
 def test_slq_agrees_inside_jit_and_vmap(dtype):
     op = Ridge().operator()
     run = lambda op, key: spectra.slq(op, key=key, num_steps=6, num_probes=2)  # noqa: E731
@@ -71,7 +70,7 @@ def test_operators_map_over_checkpoints():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("linearize", slow_but([True, False], True))
+@pytest.mark.parametrize("linearize", [True, False])
 def test_what_a_jitted_function_closes_over_may_be_concrete(linearize):
     op, v = Ridge().operator(linearize=linearize), jnp.ones(6)
     eager = spectra.lanczos(op, v, 4).alpha
@@ -110,9 +109,9 @@ def test_adaptive_runs_inside_jit_are_refused():
     [
         {},
         pytest.param({"linearize": False}, marks=pytest.mark.slow),
-        {"microbatch": 4},
+        pytest.param({"microbatch": 4}, marks=pytest.mark.slow),
         pytest.param({"mode": "reverse-over-reverse"}, marks=pytest.mark.slow),
-        "stream",
+        pytest.param("stream", marks=pytest.mark.slow),
     ],
     ids=str,
 )

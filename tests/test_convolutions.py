@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import slow_but
 
 import spectra
 from spectra.krylov import chebyshev, dense
@@ -44,7 +43,7 @@ ESTIMATES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", slow_but(ESTIMATES, "slq"))
+@pytest.mark.parametrize("name", ESTIMATES)
 def test_products_are_called_one_by_one_and_give_the_same(name, monkeypatch, x64):
     if jax.default_backend() != "cpu":
         pytest.skip("an accelerator runs convolutions in loops as fast as outside")

@@ -238,7 +238,7 @@ SUBSETS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", slow_but(SUBSETS, "a stream", "a function"))
+@pytest.mark.parametrize("kind", SUBSETS)
 def test_spread_over_disjoint_subsets(kind, x64):
     x = examples()
     operator, batches = SUBSETS[kind](x)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import Ridge, relative_error, ridge_count, ridge_loss, slow_but
+from cases import SHARP, Ridge, relative_error, ridge_count, ridge_loss, slow_but
 from programs import OPTIMISED
 
 import spectra
@@ -65,6 +65,7 @@ def test_flat_parameters_give_flat_blocks(x64):
     np.testing.assert_allclose(blocks["fc2"]["fc1"], expected["fc2"]["fc1"], rtol=1e-14)
 
 
+@SHARP
 def test_symmetric_to_the_bit(dtype):
     params, inputs = problem(dtype)
     matrix = np.asarray(spectra.dense_hessian(network, params, inputs))
@@ -83,9 +84,7 @@ CASES = {
 
 QUICK = [
     ("one batch", False),
-    ("one batch", True),
     ("microbatches with a rest", False),
-    ("masked microbatches", True),
     ("reverse over reverse", False),
     ("finite difference", False),
 ]
@@ -114,7 +113,10 @@ def test_chunks_and_groups_change_nothing(monkeypatch, x64):
     np.testing.assert_allclose(split, whole, rtol=0, atol=100 * EPS * float(jnp.abs(whole).max()))
 
 
-@pytest.mark.parametrize("make", [spectra.HessianOperator, spectra.GradientCovarianceOperator])
+@pytest.mark.parametrize(
+    "make",
+    slow_but([spectra.HessianOperator, spectra.GradientCovarianceOperator], spectra.HessianOperator),
+)
 def test_no_more_columns_side_by_side_than_memory_holds_activations_of(make, monkeypatch, x64):
     """Half of what is free, the largest power of two, 32 at most on a CPU and one at least; the matrix is the
     same."""

@@ -127,9 +127,8 @@ print(json.dumps(out))
 """
 LAYOUTS = {
     "divides": ["fsdp", "bfloat16"],
-    "uneven": ["mixed, spread"],
     "divides, slow": ["replicated", "mixed", "spread", "explicit"],
-    "uneven, slow": ["tensor", "tensor, spread", "stream", "default"],
+    "uneven, slow": ["tensor", "tensor, spread", "mixed, spread", "stream", "default"],
 }
 """On 64 examples or on 67: layouts of the parameters, those of every test run and those of `-m ''`."""
 

@@ -26,7 +26,7 @@ def compare(f, at):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", slow_but(["auto", "hutch++", "hutchinson"], "hutchinson"))
+@pytest.mark.parametrize("method", ["auto", "hutch++", "hutchinson"])
 def test_the_gradient_of_a_trace(method, x64):
     def f(t):
         op = spectra.MatrixOperator(SYMMETRIC + t * RAMP)
@@ -38,7 +38,7 @@ def test_the_gradient_of_a_trace(method, x64):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", slow_but(["xtrace", "xnystrace"], "xnystrace"))
+@pytest.mark.parametrize("method", ["xtrace", "xnystrace"])
 def test_the_gradient_of_a_sketch_that_is_too_wide(method, x64):
     def f(t):
         op = spectra.MatrixOperator(t * RANK_FIVE)
@@ -66,7 +66,7 @@ KRYLOV = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", slow_but(KRYLOV, "repeated eigenvalues"))
+@pytest.mark.parametrize("name", KRYLOV)
 def test_the_gradient_of_a_quadrature_that_ends(name, x64):
     a, b, at = KRYLOV[name]
 
@@ -114,8 +114,7 @@ ENDS = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", slow_but(ENDS, "all rows of a multiple of the identity", "no rows"))
+@pytest.mark.parametrize("name", slow_but(ENDS, "all rows of a multiple of the identity"))
 def test_the_gradient_where_nothing_is_left_in_float32(name):
     """What is left of a vector may be zero exactly, and the root of zero has no derivative."""
     matrix, basis = ENDS[name]

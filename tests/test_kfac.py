@@ -457,9 +457,7 @@ def test_an_inverse_has_its_derivative_where_eigenvalues_are_equal(x64):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "cls", [spectra.KFACOperator, pytest.param(spectra.EKFACOperator, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("cls", [spectra.KFACOperator, spectra.EKFACOperator])
 def test_the_determinant_of_a_singular_matrix_is_not_made_of_rounding(cls):
     """Two inputs of five numbers leave a null space of three, which in float32 has eigenvalues of 1e-9."""
     x, weight = normal(2, 5), normal(5, 2)

@@ -108,7 +108,7 @@ def test_the_densitys_band_fails_at_as_many_widths_as_it_states():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_probes", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_probes", [1, 3])
 def test_the_densitys_band_holds_for_few_eigenvalues_under_a_narrow_kernel(num_probes):
     """Twelve of them, apart by a few widths or many: each is a share of its own.
 

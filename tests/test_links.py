@@ -133,7 +133,7 @@ def test_resolved_eigenvalues_are_eigenvalues(x64):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", slow_but([*SPECTRA], "repeated"))
+@pytest.mark.parametrize("name", [*SPECTRA])
 def test_bands_limits_and_intervals_hold_at_their_rate(name, x64):
     values = np.sort(SPECTRA[name])
     truth = np.searchsorted(values, X, side="right") / N
@@ -248,7 +248,7 @@ def test_eigenvalues_of_the_complement_are_not_taken_for_those_of_the_whole(seed
     ("values", "count"),
     [
         (np.append(np.zeros(35), np.arange(1.0, 6.0)), 8),
-        pytest.param(np.zeros(40), 5, marks=pytest.mark.slow),
+        (np.zeros(40), 5),
     ],
 )
 def test_a_space_longer_than_the_spectrum_leaves_rounding_which_is_no_asymmetry(values, count, x64):

@@ -99,7 +99,7 @@ module = linear_run._block_chunk.trace(*args).lower(lowering_platforms=("cuda",)
 out["block"] = re.findall(r"LayoutConstraint.*-> tensor<([x\\d]+)xf32>", module)
 print(json.dumps(out))
 """
-OFTEN, SELDOM = ("spread", "fsdp", "mixed"), ("replicated", "tensor")
+OFTEN, SELDOM = ("spread", "fsdp"), ("replicated", "tensor", "mixed")
 CASES = slow_but(["replicated", "spread", "fsdp", "tensor", "mixed"], *OFTEN)
 
 

@@ -107,7 +107,9 @@ def test_entries_of_a_plain_metric_that_were_rounded_are_held_and_no_more(kind):
     assert np.median(ratio) <= 12  # 7, as above; it was 40 to 40,000
 
 
-@pytest.mark.parametrize(("share", "known"), [(1.0, True), (1e-3, True), (1e-3, False)])
+@pytest.mark.parametrize(
+    ("share", "known"), slow_but([(1.0, True), (1e-3, True), (1e-3, False)], (1e-3, True))
+)
 def test_the_floor_holds_what_float32_does_to_a_loss_and_to_its_metric(share, known, monkeypatch):
     """Its products cancel: with the stated precision of either, errors were up to 1.25 times the floor.
 

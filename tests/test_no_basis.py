@@ -71,7 +71,10 @@ NARROW = np.append(1 + 0.01 * np.sort(np.random.default_rng(5).standard_normal(N
 """A bulk as wide as 5e-4 |H|: rounding in float32 carries mass over its gaps."""
 
 
-@pytest.mark.parametrize(("dtype", "values"), [("float32", VALUES), ("float64", VALUES), ("float32", NARROW)])
+@pytest.mark.parametrize(
+    ("dtype", "values"),
+    [("float32", VALUES), pytest.param("float64", VALUES, marks=pytest.mark.slow), ("float32", NARROW)],
+)
 def test_the_bracket_holds_for_the_measures_of_the_probes(dtype, values):
     """One probe on the eigenvectors themselves, so that its measure is known in float64."""
     values = np.asarray(np.asarray(values, dtype), float)  # those of the rounded matrix

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import COARSE
 
 from spectra.krylov import basis
 from spectra.krylov.layout import Layout
@@ -37,6 +38,7 @@ def case(part, dtype):
     return jnp.asarray(q[:ROWS], dtype), jnp.asarray(vector, dtype)
 
 
+@COARSE
 def test_what_is_left_of_a_vector_almost_in_the_span_is_orthogonal(dtype):
     eps = float(jnp.finfo(dtype).eps)
     rows, vector = case(eps**0.5, dtype)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import all_but, slow_but
 
 import spectra
 
@@ -111,7 +112,7 @@ def multiply(op, v):
     return op.mv(v)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", all_but(KINDS, "derived", "not frozen", "property"))
 def test_an_operator_of_any_kind_works_under_jit_and_in_algorithms(kind):
     """Diagonal matrices: the products of ones are the entries, to a few roundings of factors."""
     op = KINDS[kind](ENTRIES)
@@ -294,7 +295,7 @@ TIMES = {
 }
 
 
-@pytest.mark.parametrize("name", TIMES)
+@pytest.mark.parametrize("name", slow_but(TIMES, "matrix", "columns"))
 def test_products_that_cannot_be_mapped_are_called_one_after_the_other(name):
     """A NotImplementedError of JAX came from most functions: "vmap is only supported for ..."."""
     call, expected = TIMES[name]

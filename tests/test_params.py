@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import relative_error, slow_but
+from cases import relative_error
 from flax import linen, nnx
 
 import spectra
@@ -123,9 +123,7 @@ def nested(p):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "dtype", slow_but([jnp.bfloat16, jnp.float16], jnp.bfloat16), ids=["bfloat16", "float16"]
-)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bfloat16", "float16"])
 def test_half_precision_parameters_give_the_float32_hessian_at_their_values(dtype):
     half = nested(parameters(dtype))
     full = jax.tree.map(lambda x: x.astype(jnp.float32), half)
@@ -182,7 +180,7 @@ TREES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", slow_but(TREES, "scalar leaf", "empty leaf", "custom node"))
+@pytest.mark.parametrize("name", TREES)
 def test_shapes_and_containers_of_leaves(name):
     params = TREES[name]
 

@@ -54,7 +54,7 @@ def test_changes_pairs_and_sets_are_those_of_the_matrix():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stream", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stream", [False, True])
 def test_rounded_layers_change_the_loss_as_predicted(stream):
     op = network()
     if stream:

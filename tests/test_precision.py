@@ -9,7 +9,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import pytest
-from cases import slow_but
 from jax import lax
 
 import spectra
@@ -65,7 +64,7 @@ def test_estimates_multiply_in_full_precision(name, precisions):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", slow_but(DIFFERENTIATED, "slq", "trace"))
+@pytest.mark.parametrize("name", DIFFERENTIATED)
 def test_derivatives_of_estimates_multiply_in_full_precision(name, precisions):
     jax.eval_shape(jax.grad(of_matrix(ESTIMATES[name])), MATRIX)
     assert set(precisions) == {HIGHEST}

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import slow_but
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from networks import cross_entropy
@@ -59,7 +58,7 @@ def check(test, examples, **strategies):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("examples", slow_but([4, 30], 4))
+@pytest.mark.parametrize("examples", [4, 30])
 def test_symmetric_and_positive_semi_definite(examples):
     check(
         symmetric_and_positive_semi_definite,
@@ -98,7 +97,7 @@ def symmetric_and_positive_semi_definite(shape, kind, microbatch, seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("examples", slow_but([3, 10], 3))
+@pytest.mark.parametrize("examples", [3, 10])
 def test_hessian_is_the_gauss_newton_matrix_of_a_linear_model(examples):
     check(of_a_linear_model, examples, shape=TREES, seed=st.integers(0, 2**16))
 

@@ -210,9 +210,9 @@ def test_command_line_runs_a_problem_shows_and_plots_it(tmp_path):
     ("arguments", "word"),
     [
         (["show", "empty.npz"], "truncated"),
-        pytest.param(["show", "missing.npz"], "missing.npz", marks=pytest.mark.slow),
-        pytest.param(["run", "none.py"], "none.py", marks=pytest.mark.slow),
-        pytest.param(["run", "lacking.py"], "problem()", marks=pytest.mark.slow),
+        (["show", "missing.npz"], "missing.npz"),
+        (["run", "none.py"], "none.py"),
+        (["run", "lacking.py"], "problem()"),
         (["run", "wrong.py"], "spectra.Problem"),
     ],
 )

@@ -120,7 +120,7 @@ def test_simple_eigenvalues_are_atoms():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", slow_but(SPECTRA, "pairs and singles"))
+@pytest.mark.parametrize("name", SPECTRA)
 def test_intervals_of_traces_hold_at_their_rate(name):
     values = SPECTRA[name]
 

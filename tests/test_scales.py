@@ -74,6 +74,7 @@ ALGORITHMS = {
 SELDOM = (
     *("lanczos without a basis", "lanczos in jit", "eigsh, smallest", "eigsh, filtered", "trace in jit"),
     *("frobenius_norm in jit", "frobenius_norm, exact", "diagonal, hutchinson"),
+    *("eigsh", "trace", "slq in jit", "kpm", "diagonal", "frobenius_norm"),
 )
 OFTEN = [name for name in ALGORITHMS if "trace, " not in name and name not in SELDOM]
 

@@ -48,7 +48,7 @@ def reflections(params, x):
 LOSSES = {fn.__name__: fn for fn in (attention, words, recurrent, packed_sequences, reflections)}
 
 
-@pytest.mark.parametrize("name", slow_but(LOSSES, "words", "recurrent"))
+@pytest.mark.parametrize("name", slow_but(LOSSES, "words"))
 def test_a_product_inside_shard_map_is_that_outside(name):
     loss_fn = LOSSES[name]
     keys = jax.random.split(jax.random.key(0), 3)

@@ -28,7 +28,11 @@ def exact_weights(entries, i):
     return np.array([np.sum(v[entries == x] ** 2) for x in np.unique(entries)]) / np.sum(v**2)
 
 
-QUICK = [name for name in BREAKDOWNS if name not in ("thirty ones and thirty fives", "three pairs")]
+QUICK = [
+    name
+    for name in BREAKDOWNS
+    if name not in ("thirty ones and thirty fives", "three pairs", "rank five of sixty")
+]
 
 
 @SHARP
@@ -97,7 +101,7 @@ def test_moments_up_to_degree_2m_minus_1_are_those_of_the_probes(name, x64):
             w = a @ w / size
 
 
-@pytest.mark.parametrize("name", slow_but(OPERATORS, "masked stream of microbatches", "preconditioned"))
+@pytest.mark.parametrize("name", slow_but(OPERATORS, "preconditioned"))
 def test_a_full_run_on_every_operator_finds_its_spectrum(name):
     op, dense = OPERATORS[name]()
     exact, n = np.linalg.eigvalsh(dense), len(dense)

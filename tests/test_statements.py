@@ -120,7 +120,7 @@ def test_a_page_says_which_kernel_it_drew(tmp_path):
     [
         {},
         {"exact": False, "zero_tol": 0.01},
-        pytest.param({"num_steps": 12, "basis": "none"}, marks=pytest.mark.slow),
+        {"num_steps": 12, "basis": "none"},
     ],
     ids=str,
 )

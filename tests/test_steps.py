@@ -309,16 +309,11 @@ def test_muon_is_at_the_edge_of_its_whole_update_map():
     ("network", "optimizer"),
     [
         ("mlp", "adam"),
-        *(
-            pytest.param(*names, marks=pytest.mark.slow)
-            for names in (
-                ("convolutional", "sgd"),
-                ("mlp", "momentum"),
-                ("convolutional", "momentum"),
-                ("convolutional", "adam"),
-                ("attention", "adam"),
-            )
-        ),
+        ("convolutional", "sgd"),
+        ("mlp", "momentum"),
+        ("convolutional", "momentum"),
+        ("convolutional", "adam"),
+        ("attention", "adam"),
     ],
 )
 def test_networks_turn_unstable_within_a_tenth_of_it(network, optimizer):

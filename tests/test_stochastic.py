@@ -60,7 +60,7 @@ def confident(seed, margin):
     ("margin", "in_double", "widest"),
     slow_but(
         [(3.0, True, 8), (8.0, True, 8), (11.0, True, 8), (14.0, True, 8), (11.0, False, 100)],
-        *[(8.0, True, 8), (11.0, False, 100)],
+        (8.0, True, 8),
     ),
 )
 def test_the_noise_floor_of_a_confident_classifier_holds(margin, in_double, widest, monkeypatch):

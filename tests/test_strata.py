@@ -86,7 +86,9 @@ def test_the_union_is_the_weighted_mean_and_unbiased_for_all_data():
     assert np.std(found, ddof=1) < alike / 2
 
 
-@pytest.mark.parametrize("total", [0, 400], ids=["data", "distribution"])
+@pytest.mark.parametrize(
+    "total", [pytest.param(0, marks=pytest.mark.slow), 400], ids=["data", "distribution"]
+)
 def test_the_variance_of_the_law_is_that_over_many_draws(total):
     """Three strata of a population of 400, itself drawn anew for a distribution: NumPy alone."""
     rng, plan = np.random.default_rng(0), strata.Plan(3, 6, 4)

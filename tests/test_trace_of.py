@@ -144,7 +144,7 @@ RATES = ["log", "inverse", "effective dimension", "rank one", "rank deficient lo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", slow_but(RATES, "log"))
+@pytest.mark.parametrize("name", RATES)
 def test_intervals_hold_at_their_rate(name, x64):
     entries, f = {
         "log": (EIGENVALUES, np.log),
@@ -328,7 +328,6 @@ def test_slow_convergence_from_one_side_is_many_times_the_last_change(x64):
     assert np.median(wide) < 8 * np.median([abs(e.value - truth) for e in found])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("num_steps", slow_but([3, 10], 3))
 @pytest.mark.parametrize("f", [np.log, np.reciprocal, lambda x: x**-0.25], ids=["log", "inverse", "power"])
 def test_a_function_that_ends_at_zero_is_bounded_down_to_zero(f, num_steps, x64):
@@ -386,7 +385,7 @@ def wide():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("threshold", slow_but([-0.5, 0.0, 2.0, 2.9, 2.985], 0.0, 2.985))
+@pytest.mark.parametrize("threshold", [-0.5, 0.0, 2.0, 2.9, 2.985])
 def test_counts_hold_at_their_rate(threshold, wide):
     truth, held, widths = np.sum(threshold < WIDE), 0, []
     for q in runs_of(4, wide):  # 60 runs

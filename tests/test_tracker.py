@@ -691,9 +691,7 @@ def test_no_course_no_warning():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["sgd, rate grows", *(pytest.param(n, marks=pytest.mark.slow) for n in [*spikes.PROVOKED][1:])]
-)
+@pytest.mark.parametrize("name", spikes.PROVOKED)
 def test_a_spike_is_seen_20_steps_ahead(name):
     found = spikes.follow(spikes.PROVOKED[name], seed=2)
     assert found.spike is not None

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import slow_but
 
 import spectra
 from spectra.operators.data import DataOperator
@@ -43,7 +42,7 @@ LOSSES = pytest.mark.parametrize(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss", slow_but([underflows, rounds_to_one, below_float32], below_float32))
+@pytest.mark.parametrize("loss", [underflows, rounds_to_one, below_float32])
 def test_every_error_holds_the_matrix_that_was_not_resolved(loss):
     with jax.enable_x64(True):
         matrix = np.asarray(hessian(loss, jnp.float64).as_matrix())

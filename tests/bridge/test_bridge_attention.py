@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import slow_but
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import spectra
@@ -46,7 +45,7 @@ CASES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", slow_but(CASES, "added, a row at the lowest number"))
+@pytest.mark.parametrize("name", CASES)
 def test_values_and_second_derivatives_are_pytorchs(name, monkeypatch, x64):
     monkeypatch.setattr(products, "_written_out", None)  # not the short way
     arrays, options = CASES[name]

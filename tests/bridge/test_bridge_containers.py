@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import pytest
 import torch
-from cases import slow_but
 from torch import distributions as D
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
@@ -135,7 +134,7 @@ PACKED = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", slow_but(PACKED, "RNN, one layer"))
+@pytest.mark.parametrize("name", PACKED)
 def test_packed_sequences(name, x64):
     module = PACKED[name].double()
     ids = torch.randint(0, 9, (4, 7))

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from cases import slow_but
 from function_sweep import sweep, together
 from torch_functions import FUNCTIONS
 from torch_layers import LAYERS
@@ -19,11 +20,14 @@ pytestmark = pytest.mark.filterwarnings(
 
 FAMILIES = {**FUNCTIONS, **LAYERS}
 # Those whose operators are written here by a formula of our own, rather than taken from JAX.
-OWN = """angle|complex where|complex scalar|median|kthvalue|mode|cummax|nanmedian|scatter_reduce|
-    scatter_reduce, prod|index_reduce|diagonal_scatter|sparse @ dense|eig|eig, vectors|lstsq|lu_factor|
-    householder_product|linalg.lu_solve|pinv|linalg.qr|linalg.matrix_exp|cholesky_solve|erfcx|chebyshev_polynomial_t|
-    grid_sample, 3d|interpolate, bicubic, antialiased|gaussian_nll_loss|cov|torch.cond|bincount|
-    repeat_interleave by a constant"""
+OWN = {
+    "of each kind": """angle|complex scalar|cummax|scatter_reduce|eig, vectors|linalg.qr|erfcx|
+        interpolate, bicubic, antialiased""",
+    "others": """complex where|median|kthvalue|mode|nanmedian|scatter_reduce, prod|index_reduce|cov|
+        diagonal_scatter|sparse @ dense|eig|lstsq|lu_factor|householder_product|linalg.lu_solve|pinv|
+        linalg.matrix_exp|cholesky_solve|chebyshev_polynomial_t|grid_sample, 3d|gaussian_nll_loss|torch.cond|
+        bincount|repeat_interleave by a constant""",
+}
 
 # Rounding: a Hessian of a few operations on numbers of order one, matrices with condition numbers up to 1e3.
 TOLERANCE = 1e-9
@@ -42,11 +46,12 @@ REFUSED = {"fake_quantize_per_tensor_affine", "airy_ai", "bessel_j0", "modified_
 
 
 @pytest.mark.usefixtures("_float64")
-def test_own_formulas_have_the_derivatives_of_pytorch(monkeypatch):
+@pytest.mark.parametrize("which", slow_but(OWN, "of each kind"))
+def test_own_formulas_have_the_derivatives_of_pytorch(which, monkeypatch):
     """The export's own comparison of outputs and gradients, with a program for each node, is left out: this
     one holds them, too. `test_functions` has both."""
     monkeypatch.setattr(agreement, "check", lambda *_: None)
-    names = re.split(r"\|\s*", OWN)
+    names = re.split(r"\|\s*", OWN[which])
     everything = {name: f for family in FAMILIES.values() for name, f in family.items()}
     errors = together({name: everything[name] for name in names})
     assert not {name: error for name, error in errors.items() if not error < TOLERANCE}
@@ -70,7 +75,7 @@ def test_functions(family):
 @pytest.mark.parametrize(
     ("family", "reason"),
     [
-        pytest.param("random", "it draws random numbers", marks=pytest.mark.slow),
+        ("random", "it draws random numbers"),
         ("shapes that depend on values", "depends on the values"),
     ],
 )

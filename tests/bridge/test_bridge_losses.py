@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import slow_but
 from torch import nn
 
 import spectra
@@ -290,11 +289,9 @@ def _columns(op) -> np.ndarray:
     ("name", "options", "microbatch"),
     [
         ("cross_entropy", {"ignore_index": 1, "label_smoothing": 0.2, "weight": [0.3, 1.0, 2.0]}, 2),
-        pytest.param(
-            "cross_entropy", {"ignore_index": 2, "weight": [0.3, 1.0, 2.0]}, None, marks=pytest.mark.slow
-        ),
-        pytest.param("mse_loss", {}, None, marks=pytest.mark.slow),
-        pytest.param("bce_with_logits", {"pos_weight": [1.0, 2.0, 0.5]}, None, marks=pytest.mark.slow),
+        ("cross_entropy", {"ignore_index": 2, "weight": [0.3, 1.0, 2.0]}, None),
+        ("mse_loss", {}, None),
+        ("bce_with_logits", {"pos_weight": [1.0, 2.0, 0.5]}, None),
     ],
 )
 def test_a_torch_loader_gives_pytorchs_hessian(name, options, microbatch, x64):
@@ -392,7 +389,7 @@ def _double_backward(module, data):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("train", slow_but([True, False], True))
+@pytest.mark.parametrize("train", [True, False])
 def test_statistics_of_a_batch_are_those_of_all_its_examples(train, x64):
     """In training mode a batch may not be cut, not into pieces, not into batches, not into examples."""
     loss, params, data, module = _batch_norm_loss(train)

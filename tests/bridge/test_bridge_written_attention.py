@@ -88,7 +88,7 @@ class Layer(torch.nn.Module):
         return self.attend(*parts).transpose(1, 2).flatten(-2)
 
 
-@pytest.mark.parametrize("attend", [k if k in (minus_infinity, read_twice, not_hidden_for_sure)
+@pytest.mark.parametrize("attend", [k if k in (minus_infinity, read_twice)
                                     else pytest.param(k, marks=pytest.mark.slow) for k in KINDS],
                          ids=lambda k: k.__name__)  # fmt: skip
 def test_values_and_products_are_pytorchs_in_blocks_or_not(attend, monkeypatch, x64):
