@@ -1,4 +1,4 @@
-"""Small blocks are cut from one matrix of their module: the same matrices, in fewer programs."""
+"""Small blocks are cut from one matrix: the same matrices, in fewer programs."""
 
 import jax
 import jax.numpy as jnp
@@ -61,11 +61,11 @@ def blocks_in_float64(op):
     return {name: whole[part, part] for name, part in zip(blocks, parts, strict=True)}
 
 
-def test_blocks_of_one_module_share_a_program_and_keep_their_own_error(made):
+def test_blocks_share_a_program_and_keep_their_own_error(made):
     op = spectra.HessianOperator(loss_fn, *problem())
     truth, blocks = blocks_in_float64(op), op.blocks()
     found = dict(matrices.matrices_of(blocks))
-    assert made == [24, 24, 4]  # two layers, and the head
+    assert made == [52]
     assert found.keys() == truth.keys()
     for name, matrix in found.items():
         values = np.linalg.eigvalsh(matrix.entries)
@@ -76,6 +76,13 @@ def test_blocks_of_one_module_share_a_program_and_keep_their_own_error(made):
         vector = np.linspace(-1, 2, len(values)).astype(np.float32)
         scale = np.abs(values).max()
         np.testing.assert_allclose(matrix.unrounded(vector), truth[name] @ vector, rtol=0, atol=1e-12 * scale)
+
+
+@pytest.mark.slow
+def test_those_of_a_module_share_one_where_that_of_the_network_is_dear(made, monkeypatch):
+    monkeypatch.setattr(matrices, "_pays", lambda blocks: len(blocks) == 3)
+    list(matrices.matrices_of(spectra.HessianOperator(loss_fn, *problem()).blocks()))
+    assert made == [24, 24, 4]  # two layers, and the head
 
 
 def test_by_themselves_where_products_are_dear(made, monkeypatch):
@@ -99,7 +106,7 @@ def test_no_matrix_is_computed_before_it_is_asked_for(made):
 def test_groups_are_no_larger_than_a_matrix_may_be(made, monkeypatch):
     monkeypatch.setattr(matrices, "LARGEST", 9)
     list(matrices.matrices_of(spectra.HessianOperator(loss_fn, *problem()).blocks()))
-    assert sorted(made) == [4, 8, 8, 16, 16]  # bias and gain of either layer together
+    assert sorted(made) == [4, 8, 8, 16, 16]  # two pairs of biases, gains and the head
 
 
 @pytest.mark.slow

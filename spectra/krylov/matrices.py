@@ -1,8 +1,9 @@
 """Dense matrices in float64 on the host, of one operator or of several small blocks at once.
 
 Each block of a loss is a program of its own, which takes seconds to compile and milliseconds to run where the
-block is a bias. Small blocks of one module are therefore cut from the matrix of all their parameters, whose n
-columns are as many products as they would take one by one.
+block is a bias. Small blocks are therefore cut from the matrix of all their parameters, whose n columns are
+as many products as they would take one by one: blocks of the whole network or, where its products are dear,
+of one module.
 """
 
 # pyright: reportPrivateUsage=false
@@ -27,7 +28,7 @@ cut from one matrix."""
 WORTH = 4e9
 """Bytes of saved values that all columns together may read for each program that is not compiled: two cores
 read so many in about the three seconds that one takes to compile. A column of the whole goes back to the
-first of its parameters, one of a block only to its own, which is a small difference within one module."""
+first of its parameters, one of a block only to its own."""
 
 Unrounded = Callable[[np.ndarray], np.ndarray]  # a product with a flat vector, in float64
 
@@ -73,31 +74,55 @@ def matrices_of(blocks: Mapping[str, LinearOperator]) -> Iterator[tuple[str, Mat
         yield name, matrix_of(block)
 
 
-def _groups(blocks: Mapping[str, LinearOperator]) -> list[dict[str, DataOperator]]:
-    """The blocks of leaves that lie side by side in one module, in groups of at most `LARGEST` numbers."""
-    modules: dict[str, list[dict[str, DataOperator]]] = {}
-    for name, block in blocks.items():
-        if not isinstance(block, DataOperator) or block.selected is None or block.on_host:
+def _groups(blocks: Mapping[str, LinearOperator]) -> Iterator[dict[str, DataOperator]]:
+    """Blocks that are computed together: small ones of all modules, or of one where that takes longer."""
+    small = {
+        name: block
+        for name, block in blocks.items()
+        if isinstance(block, DataOperator) and block.selected is not None and not block.on_host
+    }
+    for group in _gathered(small):
+        if _pays(group):
+            yield group
             continue
-        groups = modules.setdefault(re.sub(r"[/.]?[^/.]*$", "", name), [{}])
-        if block.size + sum(other.size for other in groups[-1].values()) > LARGEST:
-            groups.append({})
-        groups[-1][name] = block
-    return [group for groups in modules.values() for group in groups]
+        modules: dict[str, dict[str, DataOperator]] = {}
+        for name, block in group.items():
+            modules.setdefault(re.sub(r"[/.]?[^/.]*$", "", name), {})[name] = block
+        yield from filter(_pays, modules.values())
 
 
-def _together(blocks: dict[str, DataOperator]) -> dict[str, Matrix]:
-    """The blocks cut from the matrix of all their leaves; none where that takes longer."""
+def _gathered(blocks: Mapping[str, DataOperator]) -> list[dict[str, DataOperator]]:
+    """In their order, each in the first group that has room for it within `LARGEST` numbers."""
+    groups: list[dict[str, DataOperator]] = []
+    for name, block in blocks.items():
+        sizes = ((group, sum(other.size for other in group.values())) for group in groups)
+        group = next((group for group, size in sizes if size + block.size <= LARGEST), None)
+        if group is None:
+            groups.append(group := {})
+        group[name] = block
+    return groups
+
+
+def _pays(blocks: Mapping[str, DataOperator]) -> bool:
+    """Whether products with all their leaves take less time than compiling a program for each block."""
     if len(blocks) < 2:
-        return {}
+        return False
+    whole = _whole(blocks)
+    return whole.evaluated_bytes() * whole.size <= WORTH * (len(blocks) - 1)
+
+
+def _whole(blocks: Mapping[str, DataOperator]) -> DataOperator:
+    """The operator of all leaves of several blocks."""
     first = next((block for block in blocks.values() if block.rounding), next(iter(blocks.values())))
-    leaves = sorted({i for block in blocks.values() for i in block.selected or ()})
-    whole = first._of_leaves(tuple(leaves))
-    if whole.evaluated_bytes() * whole.size > WORTH * (len(blocks) - 1):
-        return {}
+    return first._of_leaves(tuple(sorted({i for block in blocks.values() for i in block.selected or ()})))
+
+
+def _together(blocks: Mapping[str, DataOperator]) -> dict[str, Matrix]:
+    """The blocks cut from the matrix of all their leaves."""
+    whole = _whole(blocks)
     entries, unrounded = matrix_of(whole)
-    sizes = [leaf.size for leaf in jax.tree.leaves(whole.structure)]
-    places = dict(zip(leaves, np.split(np.arange(whole.size), np.cumsum(sizes)[:-1]), strict=True))
+    ends = np.cumsum([leaf.size for leaf in jax.tree.leaves(whole.structure)])
+    places = dict(zip(whole.selected or (), np.split(np.arange(whole.size), ends[:-1]), strict=True))
     found: dict[str, Matrix] = {}
     for name, block in blocks.items():
         rows = np.concatenate([places[i] for i in block.selected or ()])
