@@ -305,6 +305,13 @@ def prepare(module: Any) -> torch.nn.Module:
         raise BridgeError(
             f"{lazy[:4]} have no shape yet: run the module once on the example, then export it."
         )
+    sparse = [k for k, p in module.named_parameters() if p.layout is not torch.strided]
+    if sparse:
+        raise BridgeError(
+            f"{sparse[:4]} are sparse: a vector of the curvature has an entry for each entry of a parameter. "
+            "Keep the values alone as the parameter, and build the matrix of them in the forward pass "
+            "(torch.sparse_coo_tensor(indices, values, size)), or multiply a dense parameter by a mask."
+        )
     empty = [k for k, x in (*module.named_parameters(), *module.named_buffers()) if x.is_meta]
     if empty:
         raise BridgeError(
