@@ -356,7 +356,17 @@ def rejection(error: Exception, args: Any, kwargs: Any) -> BridgeError:
     """Return what to raise where the module raised `error` by itself, without any export."""
     return BridgeError(
         f"torch.export cannot trace the module: the module itself rejects the example{place_of(error)}: "
-        f"{first_line(error)}.{_numpy(args, kwargs)}"
+        f"{first_line(error)}.{_sparse(error)}{_numpy(args, kwargs)}"
+    )
+
+
+def _sparse(error: Exception) -> str:
+    """What to do where a sparse matrix is asked for what the dense one in its place has not."""
+    if not any(part in str(error) for part in ("sparse", "aten::_indices", "aten::_values", "aten::_nnz")):
+        return ""
+    return (
+        " Sparse matrices are written out for the export: use them in products alone, and keep their indices "
+        "and values as buffers of their own."
     )
 
 

@@ -65,6 +65,16 @@ def _ctc(self, x):
     return nn.functional.ctc_loss(self.layer(x)[:, None].log_softmax(-1), torch.ones(1, 2).long(), *lengths)
 
 
+def _entries(self, x):
+    return self.layer(x) * self.matrix.values().sum()
+
+
+def _with_matrix(function):
+    module = _Of(function)
+    module.register_buffer("matrix", torch.eye(3).to_sparse())
+    return module
+
+
 def _sparse():
     layer = nn.Linear(4, 2)
     layer.weight = nn.Parameter(torch.eye(2, 4).to_sparse())
@@ -95,6 +105,9 @@ CASES = {
     "weights alone": (nn.Linear(4, 2).state_dict(), X, r"got OrderedDict.*load_state_dict of its module"),
     "no numbers": (nn.BatchNorm1d(4, device="meta"), X, r"'weight', 'bias', 'running_mean'.*meta .*to_empty"),
     "sparse weights": (_sparse(), X, r"'weight'.* sparse: .*the values alone .*sparse_coo_tensor"),
+    "sparse entries": (
+        _with_matrix(_entries), X, r"line \d+: return self.layer\(x\) \* .*indices and values as buffers",
+    ),
     "a class": (nn.Tanh, X, "Tanh is a class: pass the module that it makes"),
     "parallel": (nn.DataParallel(nn.Linear(4, 2)), X, "pass its .module"),
 }  # fmt: skip
