@@ -64,6 +64,17 @@ def test_jax_checks_the_code_of_its_user_and_not_that_of_the_package(name):
         np.testing.assert_array_equal(flat(found), plain)
 
 
+def test_jax_checks_no_code_that_reads_results():
+    """A report could not be printed where `jax.transfer_guard("disallow")` was set: JAX's error."""
+    row = np.array([[1.0, 2.0, 4.0]])
+    size = {"lengths": np.array([3]), "asymmetry": np.zeros(1), "size": 9, "num_matvecs": 3}
+    result = spectra.Quadrature(row, row / 7, row / 9, **size, precision=1e-7, status=spectra.Status.COMPLETE)
+    plain = result.cdf(1.5)
+    for strict in STRICT.values():
+        with strict():
+            assert result.cdf(1.5) == plain
+
+
 @pytest.mark.slow
 def test_a_search_for_nans_is_one_in_the_code_of_the_user():
     """A square root was tried at -1e-8, below a zero eigenvalue: FloatingPointError."""

@@ -46,9 +46,12 @@ _ANY = np.float32(0)
 def is_traced(tree: Any) -> bool:
     """Whether values are out of reach: a leaf is a tracer, or the caller itself is being traced.
 
-    Under `jit` JAX stages every operation, also those on concrete arrays that a function closes over.
+    Under `jit` JAX stages every operation, also those on concrete arrays that a function closes over. Results
+    ask too, where they are printed, outside of the rules of a call.
     """
-    return any(isinstance(leaf, Tracer) for leaf in [*jax.tree.leaves(tree), lax.neg(_ANY)])
+    with jax.transfer_guard_host_to_device("allow"):
+        leaves = [*jax.tree.leaves(tree), lax.neg(_ANY)]
+    return any(isinstance(leaf, Tracer) for leaf in leaves)
 
 
 def jit(function: Callable[..., Any], options: Options = OPTIONS, **arguments: Any) -> "Program":

@@ -13,9 +13,11 @@ from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from itertools import chain
 from typing import Any, cast
+from unittest import mock
 
 import numpy as np
 import torch
+import torch.utils.checkpoint
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
@@ -135,18 +137,28 @@ def _pad(
 _FRESH = random.Random(0)
 
 
+class _Checkpointed:
+    """In the place of the function behind `torch.utils.checkpoint.checkpoint(..., use_reentrant=True)`."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        return function(*args)
+
+
 @contextmanager
 def preserved(module: torch.nn.Module, train: bool) -> Iterator[None]:
     """Set training or evaluation mode, and put back whatever running the module may move.
 
     That is buffers (BatchNorm's statistics), parameters that a layer changes in place (`max_norm=`),
     attributes that the forward pass sets, every submodule's own mode, and the random states of torch, NumPy
-    and Python. Gradients are never accumulated here, so `.grad` needs no care.
+    and Python. Gradients are never accumulated here, so `.grad` needs no care. Checkpointed regions are run
+    as they are: PyTorch's reentrant form computes them where no derivative is recorded.
     """
     attributes: list[tuple[Any, dict[str, Any]]] = [
         (holder, dict(holder)) for m in module.modules() for holder in (m.__dict__, m._parameters, m._buffers)
     ]
-    tensors = [t for t in chain(module.parameters(), module.buffers()) if not t.is_inference()]
+    held = chain(module.parameters(), module.buffers())
+    tensors = [t for t in held if not t.is_inference() and t.layout is torch.strided]
     values = [(t, t.detach().clone()) for t in tensors]
     numbers, python = np.random.get_state(), random.getstate()  # noqa: NPY002
     devices = {t.device.index for t in tensors if t.device.type == "cuda"}
@@ -158,7 +170,8 @@ def preserved(module: torch.nn.Module, train: bool) -> Iterator[None]:
             # constant, differs when the module is run beside it.
             np.random.seed(_FRESH.randrange(2**32))  # noqa: NPY002
             random.seed(_FRESH.random())
-            yield
+            with mock.patch.object(torch.utils.checkpoint, "CheckpointFunction", _Checkpointed):
+                yield
     finally:
         np.random.set_state(numbers)  # noqa: NPY002
         random.setstate(python)

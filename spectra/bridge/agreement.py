@@ -27,6 +27,7 @@ from spectra.bridge.errors import BridgeError
 from spectra.bridge.model import TorchModel
 from spectra.bridge.refusals import likely_cause, rejection
 from spectra.bridge.rounding import moved, noise_of, norm, pieces
+from spectra.bridge.stand_ins import written_out
 from spectra.operators.batches import to_numpy
 
 # Two correct evaluations differ by the roundings of every operation. One evaluation with all parameters and
@@ -123,7 +124,9 @@ def _reference(module: Any, args: Any, kwargs: Any, trainable: dict[str, torch.n
 
 def varied(tensor: torch.Tensor) -> torch.Tensor:
     """An input with noise on it if all its elements are equal, as in an example of zeros."""
-    if not tensor.is_floating_point() or tensor.numel() < 2 or bool((tensor != tensor.flatten()[0]).any()):
+    if not tensor.is_floating_point() or tensor.numel() < 2 or tensor.layout is not torch.strided:
+        return tensor
+    if bool((tensor != tensor.flatten()[0]).any()):
         return tensor
     noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     return tensor + noise.to(tensor)
@@ -154,7 +157,7 @@ def _run(module: Any, args: Any, kwargs: Any, trainable: Any, moved: Mapping[str
     named = None
     if gradients is not None:
         named = {
-            k: np.zeros(p.shape) if g is None else to_numpy(g)
+            k: np.zeros(p.shape) if g is None else to_numpy(g.to_dense())  # of Embedding(sparse=True)
             for (k, p), g in zip(trainable.items(), gradients, strict=True)
         }
     outputs = [t.detach() if isinstance(t, torch.Tensor) else t for t in outputs]
@@ -178,7 +181,7 @@ def _cotangent(output: torch.Tensor, index: int) -> torch.Tensor:
 def _compare(model: TorchModel, point: _Point, trainable: list[str], cause: Any) -> None:
     args, kwargs = point.inputs
     params = {**model.params, **model.frozen, **{k: jnp.asarray(v) for k, v in point.params.items()}}
-    inputs = model.bind(args, kwargs)
+    inputs = model.bind(*torch_pytree.tree_map(written_out, (args, kwargs)))
     eps = _resolution(model)
     cotangents = [None if c is None else _as_jax(c) for c in point.cotangents]
     noise = cache(lambda: noise_of(model, params, inputs, cotangents, trainable, eps > FLOAT32))

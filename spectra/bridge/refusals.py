@@ -305,6 +305,13 @@ def prepare(module: Any) -> torch.nn.Module:
         raise BridgeError(
             f"{lazy[:4]} have no shape yet: run the module once on the example, then export it."
         )
+    sparse = [k for k, p in module.named_parameters() if p.layout is not torch.strided]
+    if sparse:
+        raise BridgeError(
+            f"{sparse[:4]} are sparse: a vector of the curvature has an entry for each entry of a parameter. "
+            "Keep the values alone as the parameter, and build the matrix of them in the forward pass "
+            "(torch.sparse_coo_tensor(indices, values, size)), or multiply a dense parameter by a mask."
+        )
     empty = [k for k, x in (*module.named_parameters(), *module.named_buffers()) if x.is_meta]
     if empty:
         raise BridgeError(
@@ -349,7 +356,17 @@ def rejection(error: Exception, args: Any, kwargs: Any) -> BridgeError:
     """Return what to raise where the module raised `error` by itself, without any export."""
     return BridgeError(
         f"torch.export cannot trace the module: the module itself rejects the example{place_of(error)}: "
-        f"{first_line(error)}.{_numpy(args, kwargs)}"
+        f"{first_line(error)}.{_sparse(error)}{_numpy(args, kwargs)}"
+    )
+
+
+def _sparse(error: Exception) -> str:
+    """What to do where a sparse matrix is asked for what the dense one in its place has not."""
+    if not any(part in str(error) for part in ("sparse", "aten::_indices", "aten::_values", "aten::_nnz")):
+        return ""
+    return (
+        " Sparse matrices are written out for the export: use them in products alone, and keep their indices "
+        "and values as buffers of their own."
     )
 
 

@@ -72,6 +72,20 @@ def _lstsq(A: Any, B: Any, rcond: float | None = None, *, driver: str | None = N
 
 _LSTSQ: Any = vars(torch.return_types)["linalg_lstsq"]
 
+
+def _sparse_coo_tensor(indices: Any, values: Any, size: Any = None, **options: Any) -> Any:
+    """Written out, entries at the same place added; as it is where its shape depends on values."""
+    if size is None:
+        return torch.sparse_coo_tensor(indices, values, **options)
+    values = torch.as_tensor(values, dtype=options.get("dtype"))
+    return values.new_zeros(size).index_put(tuple(torch.as_tensor(indices)), values, accumulate=True)
+
+
+def _unless_dense(function: Any) -> Any:
+    """A conversion that leaves a matrix that is written out already as it is."""
+    return lambda value, *args, **kwargs: function(value, *args, **kwargs) if _is_sparse(value) else value
+
+
 _STAND_INS: dict[Any, Any] = {
     functional.gaussian_nll_loss: _gaussian_nll_loss,
     torch.cov: _cov,
@@ -79,6 +93,19 @@ _STAND_INS: dict[Any, Any] = {
     torch.corrcoef: _corrcoef,
     torch.Tensor.corrcoef: _corrcoef,
     torch.linalg.lstsq: _lstsq,
+    torch.sparse_coo_tensor: _sparse_coo_tensor,
+    torch.sparse.mm: torch.mm,
+    torch.sparse.addmm: torch.addmm,
+    **{
+        function: _unless_dense(function)
+        for function in (
+            torch.Tensor.coalesce,
+            torch.Tensor.to_sparse,
+            torch.Tensor.to_sparse_coo,
+            torch.Tensor.to_sparse_csr,
+            torch.Tensor.to_sparse_csc,
+        )
+    },
 }
 
 
@@ -89,8 +116,8 @@ class StandIns(TorchFunctionMode):
         return _STAND_INS.get(func, func)(*args, **(kwargs or {}))
 
 
-def written_out(value: torch.Tensor) -> torch.Tensor:
-    """A sparse matrix as a dense one; other tensors as they are."""
+def written_out(value: Any) -> Any:
+    """A sparse matrix as a dense one; anything else as it is."""
     if not _is_sparse(value):
         return value
     if value.numel() > MAX_DENSE:
@@ -124,6 +151,13 @@ _DENSE = {
 
 def _is_sparse(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.layout is not torch.strided
+
+
+def write_out_attributes(module: torch.nn.Module) -> None:
+    """Turn the sparse matrices that a module holds into dense ones: there is no product with a traced one."""
+    for part in module.modules():
+        for holder in (part._buffers, part.__dict__):
+            holder.update({name: written_out(x) for name, x in holder.items() if _is_sparse(x)})
 
 
 def write_out_sparse(program: torch.export.ExportedProgram) -> None:

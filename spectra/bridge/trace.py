@@ -19,7 +19,7 @@ from spectra.bridge.model import TorchModel
 from spectra.bridge.operators.registry import OPERATORS
 from spectra.bridge.other_sizes import other_at_one, other_branch
 from spectra.bridge.refusals import explain, first_line, prepare, quiet, recorded_place
-from spectra.bridge.stand_ins import StandIns, write_out_sparse
+from spectra.bridge.stand_ins import StandIns, write_out_attributes, write_out_sparse, written_out
 from spectra.operators.batches import to_numpy
 
 _ATEN = torch.ops.aten
@@ -126,6 +126,10 @@ def _record(adapter: Adapter, args: Any, kwargs: Any, axes: Any) -> Any:
 
 
 def _recorded(adapter: Adapter, args: Any, kwargs: Any, axes: Any) -> Any:
+    write_out_attributes(adapter)
+    dense = {id(x): written_out(x) for x in torch_pytree.tree_leaves((args, kwargs))}
+    args, kwargs = torch_pytree.tree_map(lambda x: dense[id(x)], (args, kwargs))
+    axes = [(dense[id(tensor)], free) for tensor, free in axes]
     with traceable():
         with StandIns():
             program, problem = _trace(adapter, args, kwargs, axes)

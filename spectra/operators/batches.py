@@ -55,6 +55,10 @@ class Labels:
 def to_numpy(value: Any) -> np.ndarray:
     """A NumPy array of an array or a PyTorch tensor, on any device, bfloat16 included."""
     if hasattr(value, "detach"):  # tensors that require gradients refuse np.asarray
+        if str(value.layout) != "torch.strided":
+            raise DataError(
+                f"a tensor of shape {tuple(value.shape)} is sparse ({value.layout}): give tensor.to_dense()."
+            )
         value = value.detach().cpu().resolve_conj()
         if str(value.dtype) == "torch.bfloat16":  # PyTorch has no NumPy form of it: through int16
             int16 = value.new_empty(0).short().dtype

@@ -13,8 +13,9 @@ import pytest
 import torch
 from cases import slow_but
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from spectra import bridge
+from spectra import DataError, bridge
 from spectra.bridge import BridgeError, rounding
 
 
@@ -239,6 +240,58 @@ def test_what_agrees_is_accepted(name):
 def test_a_derivative_rounded_by_pytorch_is_accepted(x64):
     """PyTorch rounds 1/α of CELU to float32 in its backward: 3e-8 off in float64."""
     bridge.from_torch(nn.Sequential(nn.Linear(4, 5), nn.CELU(0.7)).double(), torch.randn(3, 4).double())
+
+
+def test_a_checkpointed_region_has_derivatives():
+    """PyTorch computes a reentrant one under no_grad: all gradients behind it were zero, unnoticed."""
+    net, x = _Net(lambda h: checkpoint(torch.sin, h, use_reentrant=True)), torch.randn(3, 4)
+    model = bridge.from_torch(net, x)
+    net(x).square().sum().backward()
+    gradient = jax.grad(lambda params: (model.apply(params, x.numpy()) ** 2).sum())(model.params)
+    expected: Any = net.first.weight.grad
+    assert expected.norm() > 0.01
+    np.testing.assert_allclose(
+        gradient["first.weight"], expected, rtol=1e-5, atol=1e-5 * float(expected.norm())
+    )
+
+
+class _Graph(nn.Module):
+    """Sparse matrices from everywhere, and rows of a sparse gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows, self.values = nn.Embedding(5, 4, sparse=True), nn.Parameter(VALUES)
+        self.register_buffer("held", MATRIX.to_sparse())
+        self.constant = MATRIX.to_sparse().t()
+
+    def forward(self, ids, given):
+        h = torch.sparse.mm(given, self.rows(ids)).tanh()
+        built = torch.sparse_coo_tensor(PLACES, self.values, (5, 5), check_invariants=True).coalesce()
+        return torch.spmm(built, torch.sparse.addmm(h, self.held, self.constant @ h))
+
+
+MATRIX, VALUES = torch.cos(torch.arange(25.0)).reshape(5, 5).relu(), torch.tensor([0.5, -1.0, 2.0, 0.3])
+PLACES = torch.tensor([[0, 0, 2, 4], [1, 2, 2, 0]])
+
+
+@pytest.mark.slow
+def test_sparse_matrices_are_written_out():
+    net, inputs = _Graph(), (torch.tensor([3, 0, 1, 1, 4]), MATRIX.to_sparse())
+    held = net.held
+    with pytest.warns(bridge.StaticBatchWarning):  # a square matrix fixes the number of its rows
+        model = bridge.from_torch(net, inputs)
+    assert net.held is held
+    net(*inputs).square().sum().backward()
+    arrays = inputs[0].numpy(), MATRIX.numpy()
+    gradient = jax.grad(lambda params: (model.apply(params, *arrays) ** 2).sum())(model.params)
+    for name, p in net.named_parameters():
+        expected: Any = p.grad
+        expected = expected.to_dense()
+        # Four products of five terms each: far fewer than 100 roundings of sums of terms of one size.
+        np.testing.assert_allclose(gradient[name], expected, rtol=1e-5, atol=1e-5 * float(expected.norm()))
+        assert expected.norm() > 0.1
+    with pytest.raises(DataError, match=r"shape \(5, 5\) is sparse .*to_dense"):
+        model.apply(model.params, *inputs)
 
 
 class _Moving(nn.Module):

@@ -66,6 +66,22 @@ def _ctc(self, x):
     return nn.functional.ctc_loss(self.layer(x)[:, None].log_softmax(-1), torch.ones(1, 2).long(), *lengths)
 
 
+def _entries(self, x):
+    return self.layer(x) * self.matrix.values().sum()
+
+
+def _with_matrix(function):
+    module = _Of(function)
+    module.register_buffer("matrix", torch.eye(3).to_sparse())
+    return module
+
+
+def _sparse():
+    layer = nn.Linear(4, 2)
+    layer.weight = nn.Parameter(torch.eye(2, 4).to_sparse())
+    return layer
+
+
 X = torch.ones(3, 4)
 CASES = {
     "the width": (nn.Linear(4, 2), torch.ones(3, 5), "itself rejects the example: RuntimeError: .*mat1.*3x5"),
@@ -89,6 +105,10 @@ CASES = {
     "a lazy layer": (nn.LazyLinear(3), X, r"'weight', 'bias'.* no shape yet"),
     "weights alone": (nn.Linear(4, 2).state_dict(), X, r"got OrderedDict.*load_state_dict of its module"),
     "no numbers": (nn.BatchNorm1d(4, device="meta"), X, r"'weight', 'bias', 'running_mean'.*meta .*to_empty"),
+    "sparse weights": (_sparse(), X, r"'weight'.* sparse: .*the values alone .*sparse_coo_tensor"),
+    "sparse entries": (
+        _with_matrix(_entries), X, r"line \d+: return self.layer\(x\) \* .*indices and values as buffers",
+    ),
     "a class": (nn.Tanh, X, "Tanh is a class: pass the module that it makes"),
     "parallel": (nn.DataParallel(nn.Linear(4, 2)), X, "pass its .module"),
 }  # fmt: skip
