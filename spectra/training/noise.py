@@ -21,7 +21,7 @@ CHUNK_BYTES = 2**26
 """Gradients of single examples that are held at once, where `microbatch` does not say how many."""
 
 SPARE = 1e3
-"""What a mean of fourth powers may be short by of the largest float64, to the fourth: room for weights."""
+"""How far norms stay below the fourth root of the largest float64: sums of fourth powers need room."""
 
 ROUNDINGS = 8
 """Roundings that separate Σ p |g_i|² from |ḡ|² at most where all gradients are equal, in units of both."""
@@ -50,7 +50,8 @@ def gradient_noise_scale(covariance_op: GradientCovarianceOperator) -> NoiseScal
 
     Raises:
         StructureError: another operator.
-        DataError: fewer than three examples of positive weight, or one that has all of it.
+        DataError: fewer than three examples of positive weight, or one that has all of it; a gradient whose
+            norm's fourth power float64 cannot hold (below 1e-73, above 1e74).
         NonFiniteError: a gradient is NaN or infinite.
 
     Cost: three gradients of every example. Memory: the gradients of `microbatch` single examples, by default
@@ -117,7 +118,7 @@ def _statistics(op: GradientCovarianceOperator, chunk: int) -> _Statistics:
 
 
 def _require_fourth_powers(norm: float) -> None:
-    """Raise where float64 cannot hold |g|⁴ to its precision, which `covariance` is made of."""
+    """Raise where float64 cannot hold |g|⁴ to its precision: `covariance` is made of that."""
     info = np.finfo(float)
     if norm > 0 and not (info.tiny / info.eps) ** 0.25 < norm < float(info.max) ** 0.25 / SPARE:
         raise DataError(
