@@ -630,6 +630,16 @@ def test_a_reader_that_has_gone_costs_neither_result_nor_picture(
     assert repr(spectra.load(tmp_path / "out" / "spectrum.npz")) == repr(report())
 
 
+def test_a_reader_that_has_had_enough_of_a_file_is_no_failure(tmp_path, monkeypatch):
+    path, other = (spectra.save(report(), tmp_path / name) for name in "ab")
+    picture = tmp_path / "both.png"
+    for words in (["show", str(path)], ["compare", str(path), str(other), "--out", str(picture)]):
+        monkeypatch.setattr(sys, "stdout", without_reader())
+        commands.app(words, standalone_mode=False)
+        sys.stdout.close()
+    assert picture.stat().st_size > 0
+
+
 def test_what_can_be_neither_written_nor_printed_is_kept_elsewhere(problem, tmp_path, monkeypatch):
     save = output.save
 

@@ -75,6 +75,31 @@ def test_a_stream_and_one_batch_agree_at_every_scale():
         np.testing.assert_allclose(found.noise, size**2 * whole.noise, rtol=1e-4)
 
 
+@pytest.mark.parametrize("size", [1e-65, 1e65])
+def test_fourth_powers_of_gradients_may_be_anywhere_in_float64(size, x64):
+    def of(scale):
+        op = spectra.GradientCovarianceOperator(
+            lambda w, x: jnp.mean(x @ w), jnp.ones(D), scale * jnp.asarray(X)
+        )
+        return spectra.gradient_noise_scale(op)
+
+    np.testing.assert_allclose(of(size).interval(), of(1.0).interval(), rtol=1e-10)
+    with pytest.raises(spectra.DataError, match="Multiply the loss by a constant"):
+        of(size**2)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_squares_of_weights_may_leave_the_type_of_a_stream(size):
+    def found(weights):
+        x, weights = jnp.asarray(X, jnp.float32), jnp.asarray(weights, jnp.float32)
+        parts = [(x[a:b], weights[a:b]) for a, b in [(0, 25), (25, 60)]]
+        op = spectra.GradientCovarianceOperator(linear, jnp.ones(D), parts, weight_fn=total_weight)
+        return spectra.gradient_noise_scale(op)
+
+    # Sums of N numbers in float32, in units of their difference |g|².
+    np.testing.assert_allclose(found(size * WEIGHTS).interval(), found(WEIGHTS).interval(), rtol=1e-4)
+
+
 @pytest.mark.slow
 def test_the_interval_is_where_the_difference_is_within_its_error():
     found = estimate(X)

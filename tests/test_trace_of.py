@@ -247,6 +247,17 @@ def test_eigenvalues_at_a_pole_to_rounding_have_no_estimate():
         assert np.isfinite(spectra.trace_of(found, f).stderr)
 
 
+def test_the_domain_may_end_at_a_zero_that_rounding_made_negative(quadratures, x64):
+    """The rule with another node there has it at infinity. A damped matrix of low rank had no interval."""
+    q = quadratures[12]
+    moved = dataclasses.replace(q, nodes=q.nodes - np.min(q.nodes) - q.noise_floor / 2)
+    for f in (spectra.logdet, spectra.effective_dimension):
+        got = f(moved, 2 * q.noise_floor)
+        assert got.reason.endswith("no Ritz value is negative; likely, not certain")
+        low, value, high = got.interval()
+        assert low < got.lower <= value <= got.upper < high
+
+
 @pytest.mark.slow
 def test_one_step_says_nothing_of_the_signs_of_eigenvalues():
     """Its node is their mean: positive here, where two in five are negative, as f is at them."""

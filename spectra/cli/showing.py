@@ -75,11 +75,9 @@ def watch(runs: list[Path], output: Path | None, port: int, seconds: int, once: 
 
 
 def _printed(error: OSError | None) -> None:
-    """Raise for what could not be printed; that who read it has gone is no news."""
+    """Raise for what could not be printed. A reader that has gone had enough, as `| head`: no failure."""
     if error is not None and not isinstance(error, BrokenPipeError):
         raise SpectraError(f"the result could not be printed ({error.strerror or error}).") from error
-    if error is not None:
-        raise typer.Exit(1)
 
 
 def _named(of_kind: Callable[[Path], Path], path: Path) -> Path:

@@ -50,8 +50,16 @@ class Origin:
 def gauss_radau(
     nodes: np.ndarray, weights: np.ndarray, residuals: np.ndarray, fixed: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Nodes and weights of the rule with one more node, at `fixed`, which is none of the nodes."""
-    theta, masses = _members(nodes, weights, residuals, [parameter(nodes, residuals, fixed)])
+    """Nodes and weights of the rule with one more node, at `fixed`.
+
+    If that is one of the nodes, it is the rule itself: the other one is infinite then, without a mass. The
+    smallest node is an end of the domain where it is a zero eigenvalue that rounding made negative.
+    """
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        last = parameter(nodes, residuals, fixed)
+    if not np.isfinite(last):
+        return nodes, weights
+    theta, masses = _members(nodes, weights, residuals, [last])
     points = theta[0]
     points[np.argmin(np.abs(points - fixed))] = fixed  # but for rounding, which counts where f has a pole
     return points, masses[0]

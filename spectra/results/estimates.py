@@ -222,7 +222,9 @@ class NoiseScale(Estimate):
             own = float(ndtri(side) if dof is None else stdtrit(dof, side))
             return skewed_t(min(own, FARTHEST), self.skewness, self.num_examples, up)
 
-        parts, share = (self.noise, self.signal, self.covariance), 1 / (1 + (self.dof or math.inf))
+        unit = abs(self.noise) + abs(self.signal) or 1.0  # products of four of them would leave float64
+        parts = self.noise / unit, self.signal / unit, np.asarray(self.covariance, float) / unit / unit
+        share = 1 / (1 + (self.dof or math.inf))
         side = (1 + level) / 2
         high = longest_ratio(*parts, t(side, True, self.noise_dof or self.dof), t(side, True))
         below = t(level if math.isinf(high) else side, False)  # of one end the whole risk

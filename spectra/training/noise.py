@@ -20,6 +20,9 @@ from spectra.results.estimates import skewness
 CHUNK_BYTES = 2**26
 """Gradients of single examples that are held at once, where `microbatch` does not say how many."""
 
+SPARE = 1e3
+"""How far norms stay below the fourth root of the largest float64: sums of fourth powers need room."""
+
 ROUNDINGS = 8
 """Roundings that separate Σ p |g_i|² from |ḡ|² at most where all gradients are equal, in units of both."""
 
@@ -47,7 +50,8 @@ def gradient_noise_scale(covariance_op: GradientCovarianceOperator) -> NoiseScal
 
     Raises:
         StructureError: another operator.
-        DataError: fewer than three examples of positive weight, or one that has all of it.
+        DataError: fewer than three examples of positive weight, or one that has all of it; a gradient whose
+            norm's fourth power float64 cannot hold (below 1e-73, above 1e74).
         NonFiniteError: a gradient is NaN or infinite.
 
     Cost: three gradients of every example. Memory: the gradients of `microbatch` single examples, by default
@@ -92,11 +96,12 @@ def _statistics(op: GradientCovarianceOperator, chunk: int) -> _Statistics:
     """Two passes over the data: the mean gradients, then each example's products with them."""
     total, squared, mean, second = 0.0, 0.0, None, None
     for piece in _pieces(op):
-        weight, square, *vectors = _sums(piece, chunk)
-        total, squared = total + float(weight), squared + float(square)
+        unit, weight, square, *vectors = _sums(piece, chunk)
+        weight, square = float(unit) * float(weight), float(unit) ** 2 * float(square)
+        total, squared = total + weight, squared + square
         # Running means, so that no sum is larger than what is summed.
-        mean = _blend(mean, vectors[0], float(weight) / total)
-        second = _blend(second, vectors[1], float(square) / squared if squared else 0.0)
+        mean = _blend(mean, vectors[0], weight / total)
+        second = _blend(second, vectors[1], square / squared if squared else 0.0)
     if not trees.all_finite((mean, second)):
         raise NonFiniteError(f"a gradient is NaN or infinite. {op.explain_non_finite()}")
     lengths = [trees.length(mean), trees.length(second)]
@@ -106,9 +111,20 @@ def _statistics(op: GradientCovarianceOperator, chunk: int) -> _Statistics:
     parts = [jax.device_get(_of_examples(piece, units, chunk)) for piece in _pieces(op)]
     weights, norms, *along = (np.concatenate(x).astype(np.float64) for x in zip(*parts, strict=True))
     used = weights > 0
+    _require_fourth_powers(float(np.max(norms, initial=0.0, where=used)))
     share = weights[used] / weights.sum()
     along = [size * x[used] for size, x in zip(lengths, along, strict=True)]
     return _Statistics(share, norms[used] ** 2, along[0], along[1] * float(np.sum(share**2)))
+
+
+def _require_fourth_powers(norm: float) -> None:
+    """Raise where float64 cannot hold |g|⁴ to its precision: `covariance` is made of that."""
+    info = np.finfo(float)
+    if norm > 0 and not (info.tiny / info.eps) ** 0.25 < norm < float(info.max) ** 0.25 / SPARE:
+        raise DataError(
+            f"the longest gradient of an example has the norm {norm:.1e}, whose fourth power float64 cannot "
+            "hold. Multiply the loss by a constant: the noise scale stays what it is."
+        )
 
 
 def _pieces(op: GradientCovarianceOperator):
@@ -126,7 +142,7 @@ def _mix(old: PyTree, new: PyTree, share) -> PyTree:
 
 @partial(programs.jit, static_argnames="chunk")
 def _sums(op: GradientCovarianceOperator, chunk: int):
-    """Σ w, Σ w², and the means of the gradients with weights w and w²."""
+    """The largest weight, Σ w and Σ w² in its units, and the means of the gradients with weights w and w²."""
     with jax.default_matmul_precision(op.matmul_precision):
         weights, owned, one = op._examples(op.data)
         unit = jnp.max(weights)  # squares of weights of any size
@@ -149,7 +165,7 @@ def _sums(op: GradientCovarianceOperator, chunk: int):
 
         zero = [jax.tree.map(jnp.zeros_like, variables)] * 2
         means, _ = _scan(add, zero, (weights, owned, *shares), chunk)
-        return unit * totals[0], unit**2 * totals[1], *means
+        return unit, *totals, *means
 
 
 def _scan(body, carry, items, chunk: int):
