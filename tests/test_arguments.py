@@ -97,6 +97,7 @@ def test_more_than_can_be_counted_is_refused_at_once(name, number, op):
         call(op, number)
 
 
+@pytest.mark.slow
 def test_where_the_method_is_chosen_the_same_call_serves_all_sizes():
     """A loop over blocks passes the same arguments to small and to large ones."""
     small = spectra.MatrixOperator(jnp.diag(jnp.arange(1.0, 4.0)))

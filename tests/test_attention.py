@@ -120,6 +120,7 @@ def test_lengths_scale_and_dtypes_are_those_of_jax(dtype):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @jax.default_matmul_precision("highest")
 def test_a_row_hidden_by_a_bias_of_any_dtype_averages_all_values(dtype):

@@ -284,6 +284,7 @@ def test_a_loss_that_is_not_finite_on_one_batch_of_a_stream():
             call()
 
 
+@pytest.mark.slow
 def test_a_product_that_turns_nan_half_way():
     # Eigenvalue NaN in a direction that the start reaches only by and by: tridiagonal coupling.
     def mv(v):
@@ -472,6 +473,7 @@ def test_unknown_options(options, found):
         spectra.HessianOperator(ridge_loss, Ridge().params(), Ridge().batch(), **options)
 
 
+@pytest.mark.slow
 def test_unknown_options_of_functions():
     with pytest.raises(SpectraError, match="reorthogonalize='twice'"):
         spectra.lanczos(OP, jnp.ones(48), 3, reorthogonalize="twice")

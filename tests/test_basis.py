@@ -60,6 +60,7 @@ def program(at_once):
 put = jax.jit(basis.put, donate_argnums=0, static_argnums=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("filled", [0, 9, 33, 52])
 @pytest.mark.parametrize("at_once", slow_but([1, 2, 4], 4))

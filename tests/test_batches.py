@@ -58,6 +58,7 @@ def exact(loss_fn, batch):
     return jax.jit(jax.hessian(lambda a: loss_fn({"a": a}, batch)))(params["a"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", all_but(WHOLE, "regions", "one key"))
 def test_a_batch_that_is_used_whole_holds_leaves_of_any_shape(case, x64):
     loss_fn, batch = WHOLE[case]

@@ -188,6 +188,7 @@ def test_scanned_layers_are_blocks_of_their_own(x64):
     assert list(blocks["layers/1"].blocks()) == ["layers/bias"]
 
 
+@pytest.mark.slow
 def test_a_scan_that_differentiation_has_made_is_read():
     """Its operands are grouped otherwise than those of a scan that a user writes, in jax 0.11 and later."""
 
@@ -244,6 +245,7 @@ def quartic(params, _):
     return sum(jnp.sum(x**4) for x in jax.tree.leaves(params))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     slow_but(

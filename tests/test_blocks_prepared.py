@@ -106,6 +106,7 @@ def test_every_block_saves_what_the_whole_does(linearized):
     assert op.block("out").prepared_bytes() < whole
 
 
+@pytest.mark.slow
 def test_the_whole_is_not_saved_where_it_does_not_fit(linearized, monkeypatch):
     op = spectra.HessianOperator(loss_fn, params(), batch())
     block = op.blocks()["out"]

@@ -69,6 +69,7 @@ def test_every_probe_ends_with_the_true_length(n, kind, dtype):
         assert error <= STEPS * (10 + np.sqrt(n) / 2) * float(jnp.finfo(dtype).eps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     slow_but(

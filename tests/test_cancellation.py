@@ -134,6 +134,7 @@ AXES = np.linalg.qr(np.random.default_rng(8).standard_normal((SMALL, SMALL)))[0]
 SPREAD = (AXES * (1 / np.arange(1.0, SMALL + 1))) @ AXES.T
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [1e-5, 1e-7])
 def test_samples_of_a_difference_hold_the_rounding_of_both(share):
     """Products of either are right to 6e-8 of themselves: of what is left, that is up to all. Compared with
@@ -155,6 +156,7 @@ def test_samples_of_a_difference_hold_the_rounding_of_both(share):
     assert np.mean(held) >= 0.9  # 15 intervals of 95 %
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("step", "probes"), [(1e-7, 8), (1e-1, SMALL)])
 def test_a_comparison_holds_the_rounding_of_both(step, probes):
     """As many probes as columns leave no sampling error, and rounding all the same."""

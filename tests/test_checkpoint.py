@@ -119,6 +119,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(
     assert again.num_matvecs == whole.num_matvecs
 
 
+@pytest.mark.slow
 def test_finished_probes_cost_nothing_again_and_more_can_be_added(tmp_path):
     calls = []
 
@@ -214,6 +215,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "what", all_but(OTHERS, "an eigenvalue", "a sign", "the loss", "a label of the last batch")
 )
@@ -226,6 +228,7 @@ def test_a_changed_problem_is_noticed(what, tmp_path):
     spectra.slq(mine, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["int4", "uint2", "float4_e2m1fn", "float8_e4m3fn"])
 def test_data_of_any_dtype_are_told_apart(dtype):
     """Also those of quantised models, of which several numbers share a byte."""
@@ -340,6 +343,7 @@ def test_how_data_are_cut_and_what_functions_are_called_makes_no_other_problem(t
         np.testing.assert_array_equal(spectra.slq(op, **options).nodes, first.nodes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "then",
     [
@@ -423,6 +427,7 @@ def contents(folder):
     return [path for path in item.rglob("*") if path.is_file()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "damage", "warning"),
     [
@@ -485,6 +490,7 @@ def test_no_damage_is_an_error_or_another_answer(stream, interrupt, monkeypatch,
         shutil.rmtree(folder)
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_a_warning_and_nothing_that_was_finished(whole, saved, monkeypatch):
     original = saver.write
     writes = []

@@ -117,6 +117,7 @@ def test_a_trained_classifier_has_outliers_of_the_class_means():
     assert abs(traces - whole.value) <= 4 * np.hypot(error, whole.stderr)
 
 
+@pytest.mark.slow
 def test_what_has_no_classes_is_refused():
     with pytest.raises(spectra.StructureError, match="GGNOperator"):
         spectra.class_operators(spectra.MatrixOperator(jnp.eye(2)))  # pyright: ignore
@@ -132,6 +133,7 @@ def test_what_has_no_classes_is_refused():
         spectra.class_operators(spectra.GGNOperator(model_fn, summed, op.params, op.data))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("label", "streamed"), [(-1, False), (OUTPUTS, True)])
 def test_labels_of_no_class_are_refused(label, streamed):
     """JAX reads class -1 as the last one, and takes the one-hot row of either for zero."""
@@ -166,6 +168,7 @@ def test_saturated_probabilities_are_those_of_a_softmax_too():
         assert set(spectra.class_operators(sure)) == {"class_means", "cross", "within", "same"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streamed", [False, True])
 def test_one_example_of_each_class_has_no_variation_within_a_class(streamed):
     x, labels = jax.random.normal(jax.random.key(0), (OUTPUTS, 2)), jnp.arange(OUTPUTS)

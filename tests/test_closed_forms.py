@@ -78,6 +78,7 @@ def test_hessian_and_spectrum_equal_the_closed_form(case, form, dtype):
     assert np.abs(nodes[:, None] - values).min(axis=0).max() <= bound
 
 
+@pytest.mark.slow
 def test_trace_and_extremes_of_linear_regression_are_reported(x64):
     loss_fn, params, data, exact = linear_regression()
     op = spectra.HessianOperator(loss_fn, jax.tree.map(jnp.asarray, params), data)

@@ -159,6 +159,7 @@ def test_a_result_that_cannot_be_written_is_printed_and_kept_elsewhere(problem, 
     assert "but saved nowhere" in str(done.exception)
 
 
+@pytest.mark.slow
 def test_a_picture_that_cannot_be_written_costs_no_result(problem, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "matplotlib.figure.Figure.savefig", lambda *_, **__: (_ for _ in ()).throw(OSError("full"))
@@ -283,6 +284,7 @@ def test_places_that_are_no_files_are_one_message(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_what_a_file_says_moves_no_cursor_and_every_result_is_shown(tmp_path):
     path = spectra.save({"a\x1b]0;title\x07": results()["pairs"], "b": report()}, tmp_path / "x")
     done = invoke("show", path)
@@ -301,6 +303,7 @@ def test_numbers_that_contradict_each_other_are_the_files_fault(tmp_path, monkey
     assert "its numbers contradict each other (IndexError" in str(done.exception)
 
 
+@pytest.mark.slow
 def test_every_command_says_what_it_does_and_the_version():
     for command in ("", "run", "show", "compare", "plot", "report", "watch", "export-torch", "demo"):
         for flag in ("-h", "--help"):
@@ -387,6 +390,7 @@ def test_wrong_paths_are_said_in_words(tmp_path):
     assert "--port" in served.output
 
 
+@pytest.mark.slow
 def test_an_ending_that_nothing_writes_is_a_wrong_argument(tmp_path):
     path = spectra.save(report(), tmp_path / "x")
     for arguments, words in (
@@ -435,6 +439,7 @@ def test_quiet_prints_the_result_alone(problem, tmp_path):
     assert done.stderr == ""
 
 
+@pytest.mark.slow
 def test_rows_are_shown_as_csv(tmp_path):
     made = results()
     for name in ("pairs", "history", "blocks", "summary", "layers", "report"):
@@ -550,6 +555,7 @@ def test_ctrl_c_while_modules_are_imported_leaves_no_traceback():
         signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.slow
 def test_an_interrupt_after_the_run_says_where_the_result_is(problem, tmp_path, monkeypatch):
     monkeypatch.setattr(output, "draw", interrupt)
     done = invoke("run", problem, "-o", tmp_path / "out")
@@ -640,6 +646,7 @@ def test_a_reader_that_has_had_enough_of_a_file_is_no_failure(tmp_path, monkeypa
     assert picture.stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_what_can_be_neither_written_nor_printed_is_kept_elsewhere(problem, tmp_path, monkeypatch):
     save = output.save
 
@@ -660,6 +667,7 @@ def test_what_can_be_neither_written_nor_printed_is_kept_elsewhere(problem, tmp_
     assert repr(spectra.load(kept)) == repr(report())
 
 
+@pytest.mark.slow
 def test_a_result_that_is_shown_on_a_full_disk_is_said_not_to_be(tmp_path, monkeypatch):
     path = spectra.save(report(), tmp_path / "r")
     monkeypatch.setattr(sys, "stdout", open("/dev/full", "w"))  # noqa: SIM115

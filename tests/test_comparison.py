@@ -57,6 +57,7 @@ def test_small_operators_are_compared_exactly(x64):
     assert result.status is spectra.Status.DENSE
 
 
+@pytest.mark.slow
 def test_exact_comparisons_hold_the_rounding_of_the_matrices():
     """In float32, against the same in float64; of six equal eigenvalues, three vectors are any."""
     q, values = rotation(30), np.r_[np.full(6, 1.0), np.linspace(0.1, 0.5, 24)]
@@ -108,6 +109,7 @@ def test_intervals_of_large_operators_hold_the_truth(x64):
     assert result.records()[0]["layer"] == "whole"
 
 
+@pytest.mark.slow
 def test_the_level_is_printed_in_full(x64):
     result = spectra.compare_operators(diagonal(A[:9]), diagonal(B[:9]), key=KEY, num_pairs=2, level=0.999)
     assert dict(result.rows())["intervals"] == "99.9 %"  # and not 100
@@ -214,6 +216,7 @@ class TestIntervals:
         assert binom.cdf(held, keys, 0.95) > 1e-3
 
 
+@pytest.mark.slow
 def test_all_pairs_of_a_large_operator_span_everything(x64):
     result = spectra.compare_operators(
         diagonal(A), diagonal(B), key=KEY, num_pairs=200, num_probes=4, num_steps=4, by=None

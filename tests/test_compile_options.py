@@ -36,6 +36,7 @@ def options(monkeypatch):
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but(CALLS, "lanczos", "trace", "product"))
 def test_calls_with_options(options, name):
     call = CALLS[name]

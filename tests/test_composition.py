@@ -24,6 +24,7 @@ def close(got, want, precision, size=1.0):
     np.testing.assert_allclose(got, want, rtol=0, atol=64 * precision * size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but(COMPILED, "one batch, not linearised"))
 def test_jit_vmap_and_eager_agree_for_every_operator(name, x64):
     op, dense = OPERATORS[name]()
@@ -90,6 +91,7 @@ def test_matrix_operators_can_be_built_inside_jit():
     )
 
 
+@pytest.mark.slow
 def test_streams_inside_jit_are_refused_with_advice():
     op = Ridge().operator(Ridge().parts(5))
     with pytest.raises(spectra.SpectraError, match=r"inside jit.*microbatch="):
@@ -104,6 +106,7 @@ def test_adaptive_runs_inside_jit_are_refused():
         jax.jit(lambda key: spectra.slq(op, key=key, num_steps=4, tol=0.1).nodes)(KEY)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -178,6 +181,7 @@ def _cubes(params, x):
     return jnp.mean((x @ params) ** 3)
 
 
+@pytest.mark.slow
 def test_matrices_of_an_ensemble():
     """Without JAX's warning of a buffer that could not be given away."""
     x = jnp.cos(jnp.arange(12.0)).reshape(4, 3)

@@ -71,6 +71,7 @@ def test_other_operators_stay_in_loops():
     assert jaxprs.outside_loops(op) is op
 
 
+@pytest.mark.slow
 def test_bad_values_are_named_through_it():
     op = operator(jnp.float32)
     bad = spectra.HessianOperator(loss_fn, op.params | {"bias": jnp.full(3, jnp.nan)}, op.data)

@@ -49,22 +49,26 @@ def coverage(matrix, truth, method, num_matvecs, probes=None):
     return np.mean(np.abs(value - truth) <= student.ppf(0.975, dof) * stderr + slack)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KNOWN)
 @pytest.mark.parametrize("probes", ["rademacher", "normal"])
 def test_eight_probes_of_hutchinson_cover(probes, name, x64):
     assert coverage(planted(KNOWN[name]), KNOWN[name].sum(), "hutchinson", 8, probes) >= 0.92
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SEMIDEFINITE)
 def test_eight_products_of_xnystrace_cover(name, x64):
     assert coverage(planted(KNOWN[name]), KNOWN[name].sum(), "xnystrace", 8) >= 0.92
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KNOWN)
 def test_eight_products_of_hutchpp_cover(name, x64):
     assert coverage(planted(KNOWN[name]), KNOWN[name].sum(), "hutch++", 8) >= 0.92
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_matvecs", slow_but([2, 4, 5, 8, 16], 2, 5))
 def test_signs_that_agree_by_chance_are_no_certainty(num_matvecs, x64):
     """One pair off the diagonal: vᵀHv = ±2, the same for all of k probes in 2^(1-k) of the keys."""
@@ -110,6 +114,7 @@ def sampled(op, keys, kind, num_matvecs):
     return jax.lax.map(one, keys, batch_size=100)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KNOWN)
 @pytest.mark.parametrize(
     ("kind", "num_matvecs"), slow_but([(k, b) for k in SAMPLED for b in (8, 32)], ("norm", 8))
@@ -185,6 +190,7 @@ def test_what_follows_from_a_quadrature_covers(name, count, x64):
     assert min(held.values()) >= binom.ppf(1e-3, count, 0.93), held
 
 
+@pytest.mark.slow
 def test_signs_are_exact_for_a_diagonal(x64):
     diagonal = np.exp(np.linspace(-3, 3, 40))
     found = spectra.trace(
@@ -212,6 +218,7 @@ def measured(eigenvalues, num_probes, seed):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_probes", [1, 2, 8])
 @pytest.mark.parametrize("name", KNOWN)
 def test_the_trace_of_a_report_covers(name, num_probes):
@@ -222,6 +229,7 @@ def test_the_trace_of_a_report_covers(name, num_probes):
     assert held >= 0.92 * KEYS
 
 
+@pytest.mark.slow
 def test_n_steps_leave_nothing_to_sampling(x64):
     eigenvalues = np.array([0.5, 1.0, 2.0, 4.0, 10.0])
     op = spectra.MatrixOperator(jnp.asarray(planted(eigenvalues)))
@@ -229,6 +237,7 @@ def test_n_steps_leave_nothing_to_sampling(x64):
     assert abs(found.value - 17.5) <= found.stderr <= 1e-13 * 17.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_steps", [1, 2])
 def test_a_single_step_has_an_error(num_steps, x64):
     """The residual of one step is the spread that the nodes of two have: Var vᵀHv = |Hv|² - (vᵀHv)²."""
@@ -278,6 +287,7 @@ def test_exact_results_hold_their_rounding():
     assert report.largest.lower <= top <= report.largest.upper
 
 
+@pytest.mark.slow
 def test_ranks_hold_while_the_norm_is_in_doubt():
     """After 10 steps the Ritz values of a dense edge are 1 to 2 % inside of it, far more than the error of a
     trace of 4,000: with the Ritz value for |H|, no interval of a stable rank held, and half of the others."""

@@ -25,6 +25,7 @@ from spectra.results import Estimate
 from spectra.runs import saver
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("at", [0, 7, 29])
 def test_a_signal_at_any_step_saves_and_says_how_to_resume(number, at, monkeypatch, tmp_path):
@@ -125,6 +126,7 @@ def test_a_signal_that_is_ignored_stays_so(tmp_path):
         signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.slow
 def test_a_signal_between_blocks_is_heeded(monkeypatch, tmp_path):
     blocks = {"a": operator(n=40), "b": operator()}
     options = {"key": KEY, "num_steps": 30, "num_probes": 1}

@@ -111,6 +111,7 @@ def test_a_loss_that_is_linear_at_these_outputs_has_one():
         assert not jnp.any(GGNOperator(far, loss_fn, jnp.eye(3, 2), (X6, LABELS6)).as_matrix())
 
 
+@pytest.mark.slow
 @SHARP
 @pytest.mark.parametrize("name", NAMES)
 def test_hessian_is_gauss_newton_plus_the_residual_term(name, dtype):
@@ -181,6 +182,7 @@ def test_sampled_fisher_of_given_samples(name, cut, x64):
     assert relative_error(op.as_matrix(), expected) <= tolerance("float64")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_sampled_fisher_is_unbiased(name):
     """The mean over 400 keys lies within five standard errors of the exact matrix, entry by entry.
@@ -219,6 +221,7 @@ def test_samples_do_not_depend_on_microbatches_and_follow_the_stream(x64):
     assert relative_error(stream.as_matrix(), same.as_matrix()) <= tolerance("float64")
 
 
+@pytest.mark.slow
 def test_custom_samples(x64):
     net, data, _ = setup("cross_entropy")
     op = FisherOperator(
@@ -323,6 +326,7 @@ def test_tokens_are_the_terms_of_a_masked_language_model_loss(cut, x64):
         assert relative_error(FisherOperator(*args, kind="empirical").as_matrix(), empirical) <= limit
 
 
+@pytest.mark.slow
 def test_weights_of_single_examples(x64):
     net, data, _ = setup("half_square")
     weights = np.linspace(0, 2, N)

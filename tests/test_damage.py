@@ -124,6 +124,7 @@ def exported(sound):
     return sound / "graph"
 
 
+@pytest.mark.slow
 def test_every_class_has_a_rule_for_each_of_its_fields_and_is_among_the_sound_files(sound):
     for cls in CLASSES.values():
         names = cls._fields if cls is Interval else [field.name for field in dataclasses.fields(cls)]
@@ -151,6 +152,7 @@ def check(counts, count):
     assert counts["refused"] > count // 20  # of a history whose lines are damaged the others are read
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["npz", "jsonl"])
 def test_a_few_damaged_results(kind, sound):
     check(damage.run(kind, 0, 80, sound / kind), 80)

@@ -54,6 +54,7 @@ def test_fractional_weights_keep_the_precision_of_the_data(x64):
         assert relative_error(got, ridge.hessian()) <= 32 * np.finfo(float).eps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", [{"microbatch": 3}, {"data": (3, 6)}], ids=["micro", "stream"])
 def test_a_piece_of_padding_only_counts_nothing(cut, x64):
     ridge = Ridge(num_examples=9, width=3)
@@ -63,6 +64,7 @@ def test_a_piece_of_padding_only_counts_nothing(cut, x64):
     assert relative_error(got, ridge.hessian()) <= 32 * np.finfo(float).eps
 
 
+@pytest.mark.slow
 def test_loss_and_gradient_are_means_over_the_stream(x64):
     ridge = Ridge()
     one, many = ridge.operator(), ridge.operator(ridge.parts(2, 3))
@@ -85,6 +87,7 @@ class Loader:
         return iter(self.passes(self.count))
 
 
+@pytest.mark.slow
 def test_kinds_of_sources_are_the_same_stream():
     ridge = Ridge()
     parts = ridge.parts(4, 5)
@@ -111,6 +114,7 @@ def refuse(source, match, **options):
         Ridge().operator(source, **options)
 
 
+@pytest.mark.slow
 def test_a_shuffling_source_is_refused():
     x, m = Ridge().batch()
     orders = [np.random.default_rng(i).permutation(13) for i in range(9)]
@@ -207,6 +211,7 @@ def test_what_ends_while_it_is_first_looked_at_is_refused():
     refuse(lambda name: [name], "a function that needs arguments, .*lambda: batches")
 
 
+@pytest.mark.slow
 def test_the_probe_can_be_switched_off():
     ridge = Ridge()
     source = Loader(lambda _: ridge.parts(5))
@@ -320,6 +325,7 @@ def test_the_spread_of_traces_lies_in_its_interval(name, x64):
     assert np.mean(high - low) <= (1.5 if exact > 0 else 2.5) * 3.92 * error
 
 
+@pytest.mark.slow
 def test_the_spread_of_traces_is_exact_where_probes_span_the_space():
     matrices = subsets_of_a_few_outliers()
     exact = np.std([np.trace(a) for a in matrices], ddof=1)

@@ -207,6 +207,7 @@ def test_bad_input_raises():
         spectra.dense_hessian(lambda p, x: jnp.sum(jnp.sqrt(p - 1.0)), jnp.ones(3), None)
 
 
+@pytest.mark.slow
 def test_inside_jit(x64):
     params, inputs = problem()
     outside = spectra.dense_hessian(network, params, inputs)

@@ -30,6 +30,7 @@ def exact_cdf(values, x):
     return np.searchsorted(np.sort(values), x, side="right") / len(values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but(SPECTRA, "semicircle", "bulk and outliers"))
 def test_density_integrates_to_one_without_renormalising(name):
     density = spectral_density(run(SPECTRA[name], 0))
@@ -45,6 +46,7 @@ def test_a_grid_that_cuts_the_spectrum_off_shows_the_lost_mass():
     assert abs(density.integral() - 0.5) < 5 * 0.008
 
 
+@pytest.mark.slow
 def test_trapezoidal_mass_is_kept_on_a_grid_coarser_than_the_kernel():
     density = spectral_density(run(SPECTRA["semicircle"], 0), bandwidth=1e-3, grid=np.linspace(-3, 3, 11))
     assert abs(density.integral() - 1) < 1e-12
@@ -205,6 +207,7 @@ def test_steps_close_what_the_quadrature_leaves_open():
     assert (np.maximum(upper - middle, middle - lower) <= bound + 1e-8 * middle.max()).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bandwidth", slow_but([1e-5, 1e-3, 0.3], 1e-5, 0.3))
 def test_a_grid_much_coarser_than_the_kernel_has_a_finite_band_that_holds(bandwidth):
     values, grid = SPECTRA["semicircle"], np.linspace(-3.0, 3.0, 13)
@@ -217,6 +220,7 @@ def test_a_grid_much_coarser_than_the_kernel_has_a_finite_band_that_holds(bandwi
     assert misses <= 3  # of ten: four or more with probability 1e-3
 
 
+@pytest.mark.slow
 def test_the_density_band_is_no_wider_than_its_level_asks_for():
     """A probe sees the smoothed density p with variance 2 (mean K² - p²) / (n + 2), see `band`.
 
@@ -236,6 +240,7 @@ def test_the_density_band_is_no_wider_than_its_level_asks_for():
     assert 0.95 <= np.median(ratios) <= 1.2
 
 
+@pytest.mark.slow
 def test_cdf_of_an_exact_rule_is_the_step_function():
     quadrature = run(np.repeat([1.0, 2.0, 4.0], [100, 50, 50]), 0, num_steps=10, num_probes=200)
     lower, estimate, upper = quadrature.cdf(np.array([0.5, 1.5, 3.0, 5.0]))
@@ -253,6 +258,7 @@ def test_cdf_of_an_exact_rule_is_the_step_function():
     np.testing.assert_allclose(200 * found, np.round(200 * found), atol=1e-9)
 
 
+@pytest.mark.slow
 def test_the_sampling_band_holds_at_its_rate_and_no_more():
     """The rule of one probe for five eigenvalues is exact, made here in NumPy: all misses are by chance.
 
@@ -280,6 +286,7 @@ def test_the_sampling_band_holds_at_its_rate_and_no_more():
     assert 96 - 40 <= misses <= 96 + 40
 
 
+@pytest.mark.slow
 def test_tolerance_is_reached_or_its_absence_is_said():
     values = SPECTRA["semicircle"]
     reached = run(values, 0, num_probes=16, tol=0.1)
@@ -346,6 +353,7 @@ def test_eigenvalues_known_to_within_a_distance_have_the_band_of_that_distance(m
     assert np.trapezoid(upper - lower, grid) < 2 * np.trapezoid(ends, grid)
 
 
+@pytest.mark.slow
 def test_the_band_of_an_exact_spectrum_with_many_zeros_is_that_of_its_rounding():
     values = np.append(np.zeros(60), np.linspace(0.1, 1, 40))
     rotation = np.linalg.qr(np.random.default_rng(0).standard_normal((100, 100)))[0]

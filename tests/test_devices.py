@@ -154,6 +154,7 @@ def run(layouts):
     return result, float(np.finfo(np.float32).eps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layouts", "layout"), cases())
 def test_answers_do_not_depend_on_the_number_of_devices(layouts, layout):
     result, eps = run(layouts)

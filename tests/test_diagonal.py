@@ -191,6 +191,7 @@ def test_a_diagonal_operator_has_its_diagonal(method, dtype):
     np.testing.assert_allclose(got.value, entries, rtol=4 * float(jnp.finfo(dtype).eps))
 
 
+@pytest.mark.slow
 @SHARP
 @pytest.mark.parametrize("method", ["xdiag", "xnysdiag"])
 @pytest.mark.parametrize("name", ["zero", "rank deficient", "multiple of the identity", "two scales"])
@@ -306,6 +307,7 @@ def looped(op, key, count, batch):
     return spectra.diagonal(op, key=key, method="hutchinson", num_matvecs=count, probe_batch=batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [4, 10])
 def test_inside_jit_probes_in_a_loop_are_those_outside(count, x64):
     """A batch alone, and two of them with a rest."""

@@ -122,6 +122,7 @@ def test_against_arpack_values_subspaces_and_products(name, k, x64):
     check_pairs(None, pairs, a, k)
 
 
+@pytest.mark.slow
 def test_products_are_counted_as_they_are_made():
     calls = []
 
@@ -207,6 +208,7 @@ def test_copies_of_the_worst_wanted_value_cannot_be_missed():
     assert pairs.missed == 0
 
 
+@pytest.mark.slow
 def test_a_block_of_starts_finds_copies_without_verification(x64):
     entries = REPEATED["all, three times"]
     pairs = spectra.eigsh(diagonal(entries), 6, which="LA", key=KEY, block_size=3, verify=False, tol=1e-8)
@@ -224,6 +226,7 @@ def test_a_relative_gap_of_one_millionth(x64):
     np.testing.assert_allclose(np.abs(pairs.matrix()[-2:]), np.eye(2), atol=1e-3)
 
 
+@pytest.mark.slow
 @SHARP
 def test_zero_small_and_whole(dtype):
     zero = spectra.eigsh(diagonal(np.zeros(ORDER), dtype), 4, key=KEY)
@@ -269,6 +272,7 @@ def test_pytrees_streams_and_one_batch_agree(x64):
         np.testing.assert_allclose(hv["w"], pairs.values[0] * v["w"], atol=1e-8 * np.abs(exact).max())
 
 
+@pytest.mark.slow
 def test_deflation_continues_where_a_run_ended(x64):
     a = planted(np.linspace(-2.0, 3.0, ORDER))
     op = spectra.MatrixOperator(a)
@@ -279,6 +283,7 @@ def test_deflation_continues_where_a_run_ended(x64):
     assert np.abs(first.matrix().T @ second.matrix()).max() <= 1e-12
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_by_the_basis_and_nothing_compiles_again(x64):
     traces = []
 
@@ -307,6 +312,7 @@ def test_a_spent_budget_is_said_and_not_hidden():
     assert (distance <= pairs.residuals + 1e-6).all()
 
 
+@pytest.mark.slow
 def test_bad_input_raises():
     op = diagonal(np.arange(float(ORDER)), jnp.float32)
     for arguments, words in [
@@ -330,6 +336,7 @@ def test_bad_input_raises():
         spectra.eigsh(bad, 2, key=KEY)
 
 
+@pytest.mark.slow
 def test_same_key_same_answer_and_a_start_of_ones():
     op = diagonal(np.linspace(-1, 1, 300), jnp.float32)
     one, two = (spectra.eigsh(op, 2, key=KEY) for _ in range(2))
@@ -344,6 +351,7 @@ SINGULAR = np.concatenate([np.zeros(600), np.linspace(0.1, 1.0, 1900)])
 SEPARATE = np.concatenate([[0.01, -0.02, 0.03], np.linspace(0.2, 1.0, 2497)])
 
 
+@pytest.mark.slow
 @SHARP
 def test_smallest_of_a_large_singular_operator_are_null_directions(dtype):
     entries = jnp.asarray(SINGULAR, dtype)
@@ -358,6 +366,7 @@ def test_smallest_of_a_large_singular_operator_are_null_directions(dtype):
     assert (np.abs(pairs.values) <= pairs.noise_floor).all()
 
 
+@pytest.mark.slow
 def test_smallest_of_a_large_regular_operator(x64):
     entries = jnp.asarray(SEPARATE)
     op = spectra.FunctionOperator(lambda v: entries * v, entries)
@@ -419,6 +428,7 @@ CROWDED = np.sort(1 - (np.arange(ORDER) / ORDER) ** 4)
 """The top eigenvalues are 1e-10 to 1e-7 apart: too near for any number of restarts."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [None, ORDER, ORDER + 50, 2 * ORDER, 1000])
 def test_where_lanczos_does_not_converge_the_dense_matrix_does(budget):
     op = diagonal(CROWDED, jnp.float32)
@@ -466,6 +476,7 @@ def test_rows_in_bfloat16_give_pairs_that_are_measured_in_full_precision():
     assert (error <= pairs.residuals**2 / gaps + ORDER * eps * 8).all()
 
 
+@pytest.mark.slow
 def test_rounded_rows_are_judged_by_the_norm_that_the_pairs_show():
     """The largest product of a row was 6 at most: a residual of 0.05 is above tol times that, and met it."""
     entries = np.concatenate([np.linspace(-1, 1, 194), [-4, -3, 5, 6, 6, 8]])
@@ -485,6 +496,7 @@ def test_rounded_rows_are_judged_by_the_norm_that_the_pairs_show():
         assert pairs.status is spectra.Status.CONVERGED
 
 
+@pytest.mark.slow
 def test_rows_in_the_dtype_of_the_vectors_are_not_rounded():
     op = diagonal(np.linspace(0, 1, ORDER))
     plain, named = (spectra.eigsh(op, 1, key=KEY, basis_dtype=dtype) for dtype in (None, "float32"))
@@ -529,6 +541,7 @@ def test_residual_and_floor_hold_the_rounding_of_a_steep_loss(seed, x64):
     assert found.largest_interval.lower <= np.abs(exact).max() <= found.largest_interval.upper
 
 
+@pytest.mark.slow
 def test_restarts_do_not_shorten_the_rows(x64):
     """LAPACK's vectors are orthonormal to some twenty roundings: after sixteen restarts with them, float64
     values were off by up to 52. The quotients of the vectors in extended precision say what is right."""

@@ -250,6 +250,7 @@ def test_a_vector_of_zeros_by_itself(x64):
     ).any()
 
 
+@pytest.mark.slow
 def test_a_tree_and_an_exhausted_space():
     """x -> 2 x on every leaf: one step is exact, and says so."""
     op = spectra.FunctionOperator(
@@ -261,6 +262,7 @@ def test_a_tree_and_an_exhausted_space():
     np.testing.assert_allclose(found.value["a"], 2.0 * v["a"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_is_not_defined_is_refused():
     op = planted(SPECTRA["both signs"], jnp.float32)
     with pytest.raises(spectra.SpectraError, match=r"sqrt is not finite at the Ritz value -1\.9"):
@@ -281,6 +283,7 @@ def test_a_pole_between_the_eigenvalues_is_no_bound():
     assert spectra.funm(op, lambda x: 1 / (x + 0.1), vector(), num_steps=16).error_bound == np.inf
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sign", "inv", "step"])
 def test_the_bound_holds_where_rounding_moves_eigenvalues_across_a_step_or_pole(name):
     """Rounding turns zeros into ±1e-9, and vectors of small eigenvalues into those of one 10⁴ as large."""

@@ -131,6 +131,7 @@ def test_the_gradient_where_nothing_is_left_in_float32(name):
         assert mean(0.0, key) == pytest.approx(1.0, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_gradient_of_the_rounding_of_a_column_of_zeros():
     def error(t):
         op = spectra.MatrixOperator(jnp.diag(jnp.array([1.0, 2.0, 0.0])) * t)
@@ -181,6 +182,7 @@ def test_second_derivatives_of_eigenvalues_are_refused(metric, x64):
             second(0.1)
 
 
+@pytest.mark.slow
 def test_a_nystrom_sketch_of_an_indefinite_operator_is_nan_inside_jit(x64):
     """Outside it is refused; inside, 4e15 came for a trace of 2."""
     op = spectra.MatrixOperator(SYMMETRIC)
@@ -196,6 +198,7 @@ def test_a_nystrom_sketch_of_an_indefinite_operator_is_nan_inside_jit(x64):
     assert positive[0] == pytest.approx(np.trace(RANK_FIVE), rel=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "call",
     [

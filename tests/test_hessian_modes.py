@@ -91,6 +91,7 @@ def fused_squares(w, x):
     return mean_of_squares(x @ w)
 
 
+@pytest.mark.slow
 def test_a_custom_vjp_that_gives_the_loss_itself_falls_back_too(dtype):
     """Nothing uses the derivative of a loss's own value, so a single compiled product leaves out the rule
     that refuses forward mode; several at once, and saved values, met it."""
@@ -150,6 +151,7 @@ def test_a_first_order_loss_has_everything_that_a_dense_matrix_gives():
     assert np.linalg.norm(found.x - wanted) <= found.error_bound
 
 
+@pytest.mark.slow
 def test_finite_differences_do_not_depend_on_the_length_of_the_vector(x64):
     op = build(jnp.sin, mode="finite-difference")
     v = jnp.array([1.0, -2.0, 0.5, 3.0])
@@ -319,6 +321,7 @@ def test_every_operator_falls_back_where_a_model_refuses_forward_mode(kind, x64)
     assert relative_error(fused.as_matrix(), exact.as_matrix()) <= 64 * np.finfo(float).eps
 
 
+@pytest.mark.slow
 def test_gauss_newton_by_finite_differences(dtype):
     """f = sin(x w) through a host callback that can be differentiated once: J in closed form."""
 

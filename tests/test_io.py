@@ -44,6 +44,7 @@ def assert_same(a, b):
         assert a == b
 
 
+@pytest.mark.slow
 def test_every_kind_of_result_comes_back_as_it_was(report, tmp_path):
     for result in (report.quadrature, report.density, report.trace):
         path = spectra.save(result, tmp_path / type(result).__name__)
@@ -78,6 +79,7 @@ def test_numpy_alone_reads_everything_without_pickle(saved, report):
     assert fields["status"] == {"status": "complete"}
 
 
+@pytest.mark.slow
 def test_a_result_of_jit_can_be_saved(tmp_path):
     op = spectra.MatrixOperator(jnp.eye(8))
     q = jax.jit(lambda op: spectra.slq(op, key=KEY, num_steps=3, num_probes=2))(op)
@@ -215,6 +217,7 @@ def test_a_file_that_lost_an_array_names_it(saved):
     refused(saved, "quadrature/nodes")
 
 
+@pytest.mark.slow
 def test_two_hundred_mutated_files_load_as_they_were_or_are_refused(saved, report):
     """The checksums of the zip format notice damage to contents; the rest is structure."""
     data, rng, noticed = saved.read_bytes(), np.random.default_rng(0), 0

@@ -29,6 +29,7 @@ TREES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but(TREES, "block"))
 def test_eigenpairs_come_back_with_their_tree(name, tmp_path):
     op = spectra.HessianOperator(quadratic, TREES[name], None)

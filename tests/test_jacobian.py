@@ -185,6 +185,7 @@ def test_outputs_that_are_none_are_refused():
         )
 
 
+@pytest.mark.slow
 def test_a_tangent_kernel_needs_the_axis_of_the_examples():
     weights, x = jnp.ones(3), jnp.eye(4, 3)
     for model_fn, shapes in (

@@ -44,6 +44,7 @@ def test_a_missing_key_is_named(name):
         CALLS[name](None)
 
 
+@pytest.mark.slow
 def test_both_forms_of_a_key_are_one():
     typed, raw = jax.random.key(5), jax.random.PRNGKey(5)
     for key in (raw, np.asarray(raw)):

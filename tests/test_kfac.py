@@ -354,6 +354,7 @@ def test_a_loss_is_convex_whatever_signs_rounding_gives_its_curvature():
     assert op.size == 18
 
 
+@pytest.mark.slow
 def test_what_has_no_gradients_of_single_examples_is_refused(x64):
     data = normal(N, 3), normal(N, OUTPUTS)
     with pytest.raises(spectra.StructureError, match="change with the others of its batch"):

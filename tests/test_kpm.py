@@ -60,6 +60,7 @@ def test_the_density_integrates_to_one_and_lies_in_its_band(name):
 EIGENVALUES = np.concatenate([np.linspace(-1.0, 1.0, 190), np.linspace(2.0, 3.0, 9), [6.0]])
 
 
+@pytest.mark.slow
 def test_the_band_holds_at_its_rate(x64):
     # Probe i depends on the key and i alone: 60 runs of four probes each are one run of 240.
     moments = spectra.kpm(diagonal(EIGENVALUES), key=KEY, num_moments=64, num_probes=240, bounds=(-1.1, 6.1))
@@ -84,6 +85,7 @@ def test_the_band_holds_at_its_rate(x64):
     assert 0.9 <= np.median(ratio[bulk]) <= 1.6
 
 
+@pytest.mark.slow
 def test_it_agrees_with_quadrature(x64):
     op = diagonal(np.linspace(-1.0, 3.0, 200))
     density = spectra.spectral_density(spectra.kpm(op, key=KEY, num_moments=96, num_probes=8))
@@ -103,6 +105,7 @@ def test_densities_are_equivariant_under_scaling(scale, x64):
     np.testing.assert_allclose(other.bounds / scale, one.bounds, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_streams_batches_and_files_give_the_same(tmp_path):
     ridge = Ridge()
     whole = spectra.kpm(ridge.operator(), key=KEY, num_moments=33, num_probes=3)
@@ -120,6 +123,7 @@ def test_streams_batches_and_files_give_the_same(tmp_path):
     assert "num_moments=33" in repr(loaded)
 
 
+@pytest.mark.slow
 def test_bad_input_is_refused():
     op = spectra.MatrixOperator(planted(SPECTRA["indefinite"]))
     for options, match in (

@@ -42,6 +42,7 @@ def test_matrices_and_their_closed_forms(x64):
     np.testing.assert_allclose(op.logdet(5.0), np.linalg.slogdet(DENSE + 5 * np.eye(12))[1], rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_factors_may_be_operators_and_products_themselves(x64):
     entries = {"b": jnp.asarray(2.0), "w": jnp.asarray([1.0, 3.0])}
     inner = spectra.KroneckerOperator(spectra.DiagonalOperator(entries), RIGHT)

@@ -89,6 +89,7 @@ def test_a_vector_almost_within_the_basis_becomes_orthogonal(x64):
     np.testing.assert_allclose(rows @ rows.T, np.eye(len(rows)), rtol=0, atol=1e-13)
 
 
+@pytest.mark.slow
 def test_a_direction_and_its_product_share_compiled_sweeps(x64):
     before = explored._orthogonal.cache_size()
     walked(np.diag(np.arange(1.0, 60.0)))  # an order that no other test has
@@ -161,6 +162,7 @@ def test_decisions_do_not_see_the_samples():
     assert split.random_next(np.ones(3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
 def test_the_scale_does_not_matter(scale):
     plain, scaled = (

@@ -245,6 +245,7 @@ def test_outputs_below_float32_have_a_diagonal():
     assert np.all(upper - lower <= 0.2 * truth.max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "scale"), [(1e-20, 4096.0), (1e10, 1e-38)])
 def test_squares_of_gradients_do_not_underflow_one_by_one(size, scale):
     """Those of single examples are below float32, and their sum, or their product with rows, is not."""

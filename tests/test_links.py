@@ -119,6 +119,7 @@ def test_a_run_is_what_it_is_by_hand(x64):
     assert len(q.resolved) < R / 3
 
 
+@pytest.mark.slow
 def test_resolved_eigenvalues_are_eigenvalues(x64):
     values = SPECTRA["indefinite with outliers"]
     q = run(values, jax.random.key(1))
@@ -150,6 +151,7 @@ def test_bands_limits_and_intervals_hold_at_their_rate(name, x64):
     assert all(binom.sf(x - 1, len(keys), 0.05) > 1e-3 for x in misses), misses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but([*SPECTRA], "repeated"))
 def test_the_density_holds_the_smoothed_spectrum(name, x64):
     values, grid, h = SPECTRA[name], np.linspace(-2.0, 6.0, 1601), 0.1
@@ -230,6 +232,7 @@ def test_a_tolerance_is_met_by_the_whole(x64):
         assert (q.status is spectra.Status.CONVERGED) == (q.band_width() <= tol)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_eigenvalues_of_the_complement_are_not_taken_for_those_of_the_whole(seed, x64):
     # One Ritz vector mixes all eigenvectors: what probes resolve outside of it is off by up to 0.03.

@@ -54,6 +54,7 @@ def test_weights_and_biases(held, tmp_path, monkeypatch):
     assert json.loads(layers.read_text())["data"][0][0] == "hidden"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("package", ["torch.utils.tensorboard", "tensorboardX"])
 def test_tensorboard(held, tmp_path, package):

@@ -122,6 +122,7 @@ def moved(collectives, *, reductions: bool):
     return [shape for kind, shapes in collectives for shape in shapes if (kind == "all-reduce") == reductions]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_gathers_nothing_that_the_gradient_does_not(lowered, case):
     step = moved(lowered[case]["step"], reductions=False)

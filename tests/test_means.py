@@ -251,6 +251,7 @@ def sum_error(outputs, targets):
     return jnp.sum((outputs - targets) ** 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", slow_but(["mc", "empirical"], "empirical"))
 def test_fisher_matrices_of_sums(kind):
     key = jax.random.key(0) if kind == "mc" else None
@@ -327,6 +328,7 @@ def test_terms_that_do_not_count_are_found_wherever_they_are(name):
         make(weight_fn=lambda batch: jnp.sum(batch[1] >= (0 if loss_fn is of_labels else 1)))
 
 
+@pytest.mark.slow
 def test_values_that_differ_in_late_digits_are_shown_to_differ(x64):
     """As those of an adaptive solver do, whose steps depend on the batch."""
 

@@ -25,6 +25,7 @@ def truth(weight, which, k):
     return np.sort(values[np.argsort(order)[:k]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["LA", "SM"])
 @pytest.mark.parametrize("kind", ["operator", "diagonal"])
 def test_pairs_are_scipys(kind, which):
@@ -41,6 +42,7 @@ def test_pairs_are_scipys(kind, which):
     assert np.abs(vectors.T @ weight @ vectors - np.eye(3)).max() <= bound
 
 
+@pytest.mark.slow
 def test_a_metric_that_is_none_is_refused():
     op = spectra.MatrixOperator(jnp.asarray(MATRIX))
     with pytest.raises(spectra.SpectraError, match="not positive definite"):

@@ -166,6 +166,7 @@ def test_a_deflated_run_does_not_find_the_zero_of_its_deflated_vectors(basis):
     assert extreme(q, 0).lower <= 10 <= extreme(q, 0).upper
 
 
+@pytest.mark.slow
 def test_deflated_pairs_are_all_that_memory_grows_by():
     n, r = 1 << 18, 48
     op = spectra.FunctionOperator(

@@ -126,6 +126,7 @@ def test_the_interval_is_where_the_difference_is_within_its_error():
     np.testing.assert_allclose(away.min(), 1, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_without_a_gradient_there_is_a_lower_end_only():
     found = estimate(np.random.default_rng(5).standard_normal((N, D)))
     assert found.is_one_sided

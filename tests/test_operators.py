@@ -56,6 +56,7 @@ def test_dense_matrix_product_and_scipy_agree_with_the_reference(case):
     assert np.linalg.norm(through_scipy - dense @ v) <= tolerance(op) * scale
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     all_but(
@@ -120,6 +121,7 @@ def test_multiples_from_either_side_and_from_numpy_scalars():
         np.testing.assert_array_equal(scaled @ v, 2 * (op @ v))
 
 
+@pytest.mark.slow
 def test_the_data_shared_by_losses_without_data_may_be_none(dtype):
     op = spectra.HessianOperator(lambda p, _: jnp.sum(p**4) / 12, jnp.array([1.0, 2.0, 3.0]), None)
     np.testing.assert_allclose(op.as_matrix(), np.diag([1.0, 4.0, 9.0]), rtol=32 * op.precision)
@@ -138,6 +140,7 @@ PRODUCTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_a_product_says_what_is_wrong_with_its_vector(name):
     """`op.mv` takes what the operator's functions take, and JAX's words are about these."""

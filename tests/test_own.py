@@ -204,6 +204,7 @@ def test_an_iteration_that_stops_holds_what_it_has_done():
     np.testing.assert_allclose(vectors @ vectors.T, np.eye(5), atol=margin)
 
 
+@pytest.mark.slow
 def test_steps_beyond_the_room_change_nothing_and_an_invariant_space_ends_a_run():
     iteration = spectra.LanczosIteration(OP, 3)
     state = iteration.init(jnp.zeros(N).at[:2].set(1))
@@ -295,6 +296,7 @@ TIMES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but(TIMES, "matrix", "columns"))
 def test_products_that_cannot_be_mapped_are_called_one_after_the_other(name):
     """A NotImplementedError of JAX came from most functions: "vmap is only supported for ..."."""

@@ -93,6 +93,7 @@ class Reader(html.parser.HTMLParser):
         self.words.append(data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", all_but(RESULTS, "blocks", "spectrum", "quadrature", "history", "density", "condition")
 )
@@ -209,6 +210,7 @@ def test_the_command_line_writes_the_page_and_pictures_of_every_kind(tmp_path):
     assert "has no picture" in str(done.exception)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["spectrum", "quadrature", "density", "eigenpairs", "history", "landscape"])
 def test_results_show_a_table_and_a_picture_in_a_notebook(name):
     plt.close("all")

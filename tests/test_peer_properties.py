@@ -340,6 +340,7 @@ PROPERTIES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("peer", "claim"), PROPERTIES, ids=lambda x: getattr(x, "__name__", None))
 def test_a_property_of(peer, claim, x64):
     found, expected, tolerance = claim()

@@ -214,6 +214,7 @@ def test_what_is_no_perturbation_is_refused():
         found.change(["y"])
 
 
+@pytest.mark.slow
 def test_it_is_saved_and_loaded(tmp_path):
     op = network()
     found = spectra.perturbation(op, spectra.pruning_deltas(op), measure=True)

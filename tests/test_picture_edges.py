@@ -54,6 +54,7 @@ def test_ranks_are_whole_numbers():
         assert all(tick == int(tick) >= 1 for tick in ticks)
 
 
+@pytest.mark.slow
 def test_a_spectrum_without_a_name_is_in_the_legend():
     ax = spectra.plot_comparison({"": _spiked(), "_a": _spiked(), "b": _spiked()})
     assert len(ax.figure.legends[0].get_texts()) == 3

@@ -142,11 +142,13 @@ def test_density():
     return spectra.plot_density(density(), learning_rate=0.1)
 
 
+@pytest.mark.slow
 @compared
 def test_density_loglog():
     return spectra.plot_density(density(), xscale="loglog")
 
 
+@pytest.mark.slow
 @compared
 def test_density_linear():
     bulk = spectra.spectral_density(quadrature(), grid=np.linspace(-0.05, 0.12, 200))
@@ -167,6 +169,7 @@ def test_blocks():
     return spectra.plot_blocks(results)[0]
 
 
+@pytest.mark.slow
 @compared
 def test_cdf():
     return spectra.plot_cdf(quadrature())
@@ -189,6 +192,7 @@ def test_eigenvector_mass():
     return spectra.plot_eigenvector_mass(pairs(), by="leaf")
 
 
+@pytest.mark.slow
 @compared
 def test_landscape():
     return spectra.plot_landscape(plane())
@@ -266,6 +270,7 @@ def test_a_picture_of_8_cm_is_legible(name):
     assert min(t.get_fontsize() for t in texts) >= 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", all_but(PICTURES, "mass", "loglog"))
 def test_pictures_go_into_axes_that_are_given_and_leave_the_settings_alone(name):
     before = dict(plt.rcParams)
@@ -308,6 +313,7 @@ def bars(ax):
     return [(text.xyann[0], text.xy[0]) for text in ax.texts if text.get_gid() == "kernel"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{}, {"xscale": "linear"}, {"xscale": "loglog"}, {"learning_rate": 0.1}, {"learning_rate": 1e-3}],
@@ -337,6 +343,7 @@ def test_the_bar_of_a_negative_spectrum_on_log_axes_is_that_of_its_mirror_image(
     np.testing.assert_allclose(bars(drawn[1]), bars(drawn[0]), rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"xscale": "linear", "yscale": "linear"}, {"xscale": "loglog"}])
 def test_marks_keep_away_from_what_is_written_and_from_the_frame(options):
     """A tenth of the axis is for the kernel's width; a peak at the right end, as of a wholly negative
@@ -357,6 +364,7 @@ def test_marks_keep_away_from_what_is_written_and_from_the_frame(options):
         plt.close(ax.figure)
 
 
+@pytest.mark.slow
 def test_kernels_of_two_widths_are_two_bars_and_of_one_width_one():
     q = quadrature()
     widths = {"relative": density(), "fixed": spectra.spectral_density(q, bandwidth=0.2)}
@@ -403,6 +411,7 @@ def test_a_legend_fits_its_figure(count, name):
     assert len({(line.get_color(), line.get_linestyle()) for line in ax.get_lines()}) == count
 
 
+@pytest.mark.slow
 def test_no_band_hides_the_edges_of_another():
     ax = spectra.plot_comparison({"a": density(), "b": density(seed=1)})
     assert len(ax.collections) == 2
@@ -447,6 +456,7 @@ def spectrum_of(values, weights=None):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "values",
     [
@@ -469,6 +479,7 @@ def test_axes_of_any_spectrum_have_labels_that_do_not_touch(values, xscale):
     assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
 
 
+@pytest.mark.slow
 def test_steps_are_whole_and_open_circles_are_explained():
     first = tuple(dataclasses.replace(snapshot, step=i) for i, snapshot in enumerate(history(2)))
     ax = spectra.plot_density_over_time(spectra.SpectrumHistory(first, {}))
@@ -480,6 +491,7 @@ def test_steps_are_whole_and_open_circles_are_explained():
     assert not spectra.plot_eigenvalues(dataclasses.replace(found, converged=np.full(5, True))).figure.legends
 
 
+@pytest.mark.slow
 def test_eigenvalues_and_distributions_of_several_results_are_told_apart():
     q, found = quadrature(), dataclasses.replace(pairs(), converged=np.full(5, True))
     doubled = dataclasses.replace(found, values=2 * np.asarray(found.values), converged=np.arange(5) > 1)
@@ -499,6 +511,7 @@ def test_eigenvalues_and_distributions_of_several_results_are_told_apart():
     assert len(spectra.plot_eigenvalues({"q": q, "further": further}).lines) == 2
 
 
+@pytest.mark.slow
 def test_what_is_no_picture_is_refused_in_words():
     q, (figure, axes) = quadrature(), plt.subplots(1, 2)
     for words, draw in {
@@ -519,6 +532,7 @@ def test_what_is_no_picture_is_refused_in_words():
             draw()
 
 
+@pytest.mark.slow
 def test_what_surrounds_a_figure_of_its_own_is_heeded():
     with spectra.plot_style(axes_labelsize=11):
         assert spectra.plot_density(density()).xaxis.label.get_size() == 11
@@ -571,6 +585,7 @@ def test_more_than_twenty_blocks_are_rows_of_colours():
     assert len(spectra.plot_blocks(dict(list(results.items())[:3]), heat_map=True)) == 1
 
 
+@pytest.mark.slow
 def test_blocks_are_drawn_into_the_axes_of_the_caller():
     results = {f"layer_{i}": density(scale=10.0**i, seed=i) for i in range(3)}
     figure, grid = plt.subplots(2, 2)
@@ -597,6 +612,7 @@ def test_blocks_are_drawn_into_the_axes_of_the_caller():
             spectra.plot_blocks(results, **options)
 
 
+@pytest.mark.slow
 def test_the_cdf_shows_the_bracket_inside_the_band():
     q = quadrature()
     ax = spectra.plot_cdf(q)
@@ -612,6 +628,7 @@ def test_the_cdf_shows_the_bracket_inside_the_band():
     assert np.ptp(band[:, 1]) >= np.ptp(bracket[inside, 1])
 
 
+@pytest.mark.slow
 def test_the_heat_map_shows_the_recorded_sharpness_and_limits():
     recorded = history()
     ax = spectra.plot_density_over_time(recorded, learning_rate=True, limit=np.linspace(12, 14, 8))
@@ -779,6 +796,7 @@ def test_the_style_can_be_used_for_other_figures():
 NAMES = ("a$_$b", "$x", "$_$", r"a\$b$^", "_orig_mod.fc", "a$" * 20 + "/w")
 
 
+@pytest.mark.slow
 def test_names_of_parameters_are_no_formulas(tmp_path):
     """Each is drawn letter by letter; what is a formula in a legend of one's own stays one."""
     vectors = {name: {"w": np.ones((1, 2))} for name in NAMES}

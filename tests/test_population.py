@@ -175,6 +175,7 @@ def test_examples_for_half_the_width():
     assert 0.5 / (count / 100) ** 0.5 + 1.5 / (count / 100) == pytest.approx(1.0, rel=0.01)
 
 
+@pytest.mark.slow
 def test_what_is_no_sample_is_refused():
     x, key = draw(0, 40), jax.random.key(0)
     with pytest.raises(spectra.StructureError, match="operator on data"):

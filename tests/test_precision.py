@@ -57,6 +57,7 @@ ESTIMATES = {
 DIFFERENTIATED = ("slq", "trace", "funm")  # rules of derivatives are traced when the estimate's code is done
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ESTIMATES)
 def test_estimates_multiply_in_full_precision(name, precisions):
     jax.eval_shape(of_matrix(ESTIMATES[name]), MATRIX)

@@ -89,6 +89,7 @@ def test_the_matrix_is_that_of_numpy_with_adam_written_out(x64):
     np.testing.assert_allclose(op @ jnp.asarray(v), expected @ v, atol=1e-12 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 def test_blocks_take_the_scales_of_their_parameters(x64):
     ridge = Ridge()
     state, _, _ = after_steps(optax.adam(RATE), ridge.params())
@@ -102,6 +103,7 @@ def test_blocks_take_the_scales_of_their_parameters(x64):
         np.testing.assert_allclose(block.as_matrix(), matrix[1:, 1:], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_one_of_several_groups_can_be_chosen():
     ridge = Ridge()
     params = ridge.params()
@@ -115,6 +117,7 @@ def test_one_of_several_groups_can_be_chosen():
         spectra.PreconditionedOperator(ridge.operator(), part, **ADAM_RULE)
 
 
+@pytest.mark.slow
 def test_what_is_no_adaptive_optimizer_is_refused():
     ridge = Ridge()
     params = ridge.params()
@@ -146,6 +149,7 @@ def test_numbers_that_no_optimizer_has_are_refused(number):
         spectra.PreconditionedOperator(ridge.operator(), state, **ADAM_RULE | number)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "inside"), [({}, True), ({"eps_in_sqrt": False}, False), ({"eps": 1e-5}, True)]
 )
@@ -225,6 +229,7 @@ def written_out(name, state):
     return (1 - b1 ** (t + 1 if name == "nadam" else t)) * adam
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
 def test_p_is_measured_from_updates(name, x64):
     optimizer, ridge = OTHERS[name], Ridge()
@@ -245,6 +250,7 @@ WITHOUT_P = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WITHOUT_P)
 def test_what_has_no_diagonal_p_is_refused(name):
     optimizer, ridge = WITHOUT_P[name], Ridge()
@@ -315,6 +321,7 @@ FORMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_states_on_the_parameters_alone_and_in_other_forms(form, x64):
     """The operator's parameters lie under "params", beside constants; the optimizer knows nothing of that."""

@@ -103,6 +103,7 @@ def test_all_blocks_from_the_shell(run):
     assert (out / "b.pdf").exists()
 
 
+@pytest.mark.slow
 def test_wrong_options_are_explained(run):
     for options, message in (
         (("--operator", "kfac"), "is not one of"),

@@ -79,6 +79,7 @@ def test_an_error_of_the_function_is_its_own():
         spectra.trace_of(spectra.MatrixOperator(SMALL), f, key=jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_a_traced_number_in_a_function_is_refused():
     op = spectra.MatrixOperator(SMALL)
 

@@ -95,6 +95,7 @@ def test_report_states_the_extremes_within_their_intervals(report):
     assert report.largest.upper - report.largest.lower < 1e-3
 
 
+@pytest.mark.slow
 def test_report_shares_and_trace_lie_in_their_intervals(report):
     n = len(VALUES)
     negative = np.sum(-report.noise_floor > VALUES) / n
@@ -124,6 +125,7 @@ def test_trace_error_is_covered_at_its_rate():
     assert 0.9 <= np.sqrt(np.mean(stderr**2)) / ideal <= 1.1
 
 
+@pytest.mark.slow
 def test_report_prints_and_shows_itself(report):
     text, page = repr(report), report._repr_html_()
     for label, value in report.rows():
@@ -133,6 +135,7 @@ def test_report_prints_and_shows_itself(report):
     assert "&lt;" in page  # a value contains "<"
 
 
+@pytest.mark.slow
 def test_report_survives_a_round_trip(report, tmp_path):
     path = report.save(tmp_path / "result")
     again = spectra.load(path)
@@ -144,6 +147,7 @@ def test_report_survives_a_round_trip(report, tmp_path):
     assert {"spectra", "jax", "device", "key", "seconds", "date"} <= set(provenance)
 
 
+@pytest.mark.slow
 def test_density_picture_is_readable(report, tmp_path):
     ax = report.plot()
     figure = ax.figure
@@ -165,6 +169,7 @@ def test_density_picture_is_readable(report, tmp_path):
     assert plt.imread(tmp_path / "picture.png").std() > 0.01
 
 
+@pytest.mark.slow
 def test_narrow_spectra_get_a_linear_axis():
     q = short_run(np.linspace(1.0, 2.0, 400), 8)
     ax = spectra.plot_density(spectra.spectral_density(q), learning_rate=0.5)
@@ -173,6 +178,7 @@ def test_narrow_spectra_get_a_linear_axis():
     assert ax.get_xlim()[1] > 4
 
 
+@pytest.mark.slow
 def test_plots_draw_into_given_axes(report):
     _, axes = plt.subplots(1, 2)
     assert spectra.plot_density(report.density, axes[0]) is axes[0]
@@ -181,6 +187,7 @@ def test_plots_draw_into_given_axes(report):
         spectra.plot_density(report.density, xscale="log")
 
 
+@pytest.mark.slow
 def test_a_null_operator_can_be_drawn():
     q = short_run(np.zeros(400), 8)
     spectra.plot_density(spectra.spectral_density(q)).figure.canvas.draw()

@@ -110,6 +110,7 @@ def test_copies_of_an_eigenvalue_are_no_atoms(name, probes, steps):
         assert not np.any(near < 1e-3)
 
 
+@pytest.mark.slow
 def test_simple_eigenvalues_are_atoms():
     spikes = np.array([80.0, 60, 45, 30, -50, -20])
     for q in quadratures("six spikes", 40):
@@ -164,6 +165,7 @@ def test_bands_and_counts_hold(name):
         assert np.sum([count.value == count.lower == count.upper == 4 for count in found]) >= 8
 
 
+@pytest.mark.slow
 def test_density_shifts_atoms_without_a_band():
     values = SPECTRA["six spikes"]
     for q in quadratures("six spikes", 40)[:4]:

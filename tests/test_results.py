@@ -98,6 +98,7 @@ def test_what_holds_several_results_prints_as_a_table(made):
         assert list(result.values()) == [result[name] for name in result]
 
 
+@pytest.mark.slow
 def test_arrays_have_the_axes_that_their_fields_state(made):
     """And the names of axes mean the same in all fields of a result."""
     scope = {"Array": np.ndarray, "Bool": jaxtyping.Bool, "Float": jaxtyping.Float, "Int": jaxtyping.Int}
@@ -139,6 +140,7 @@ def test_what_training_recorded_replaces_no_other_number(made):
     assert row["loss"] == 0.5
 
 
+@pytest.mark.slow
 def test_a_history_is_a_dataset(made):
     pytest.importorskip("xarray")
     history = made["SpectrumHistory"]
@@ -302,6 +304,7 @@ def test_records_of_every_result_are_json_whatever_numbers_they_hold(made):
     assert comparison.metrics()["whole/upper"] == np.inf
 
 
+@pytest.mark.slow
 def test_a_summary_holds_the_truth_of_every_block():
     x = jax.random.normal(KEY, (32, 4))
     params = {"hidden": jax.random.normal(KEY, (4, 3)), "out": jnp.ones(3)}

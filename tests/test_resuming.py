@@ -174,6 +174,7 @@ def test_a_signal_saves_and_the_same_call_computes_the_rest_only(name, looks, tm
     assert len(rest) <= len(every) - 2, "the products before the third look are not taken again"
 
 
+@pytest.mark.slow
 def test_a_run_whose_products_ran_out_goes_on_with_more(tmp_path):
     op, few = operator(), {"max_matvecs": 14}
     short = CALLS["eigsh"](op, checkpoint=tmp_path, **few)
@@ -309,6 +310,7 @@ def test_what_is_damaged_is_computed_anew_with_a_warning(name, looks, tmp_path):
         assert_same(whole, call(op, checkpoint=tmp_path / "ended"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["eigsh", "trace", "funm"])
 def test_progress_says_how_far_it_is(name, capsys):
     result = CALLS[name](operator(), progress=True)

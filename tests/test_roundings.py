@@ -126,6 +126,7 @@ def test_constants_may_be_cast():
     assert coarse.precision == 2.0**-8
 
 
+@pytest.mark.slow
 def test_float32_layers_of_a_model_in_float64(x64):
     module = linen.Dense(3, dtype=jnp.float32)
     variables = jax.tree.map(lambda x: x.astype(jnp.float64), module.init(jax.random.key(0), X))

@@ -154,6 +154,7 @@ def test_underflow_is_in_what_is_stated_or_is_said_to_be_the_reason(cut):
     )
 
 
+@pytest.mark.slow
 def test_of_a_loss_that_underflows_nothing_else_is_said():
     """What values of 1e-36 differ by may be what their terms lose, and says nothing of means: here of a sum,
     which differs on every processor."""
@@ -162,6 +163,7 @@ def test_of_a_loss_that_underflows_nothing_else_is_said():
         spectra.HessianOperator(lambda p, b: jnp.sum((b[0] @ p) ** 2), jnp.ones(3), (x,), microbatch=4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1e-30, 1e30])
 def test_a_start_vector_of_any_size(size):
     op = diagonal(SPECTRA["indefinite"], jnp.float32)
@@ -174,6 +176,7 @@ def test_a_start_vector_of_any_size(size):
     assert pairs.values[0] == pytest.approx(3.0, rel=1e-5)  # `tol`
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [2.0**-530, 2.0**530])
 def test_residuals_of_eigenpairs_whose_squares_are_no_numbers(x64, scale):
     """At 1e-160 the residuals were zero, and four wrong values had converged."""

@@ -187,6 +187,7 @@ def test_logits_in_chunks_change_no_matrix(x64):
     assert int(VOCABULARY.weight(batch)) == 2 * TOKENS - 1
 
 
+@pytest.mark.slow
 def test_what_is_no_pair_is_refused():
     params, batch = words()
     with pytest.raises(spectra.StructureError, match="instead of logits"):

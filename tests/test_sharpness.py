@@ -36,6 +36,7 @@ def test_a_quadratic_has_the_curvature_along_the_direction(step, sign):
     assert found.status.code == "converged"
 
 
+@pytest.mark.slow
 def test_from_a_step_of_the_right_size_eight_evaluations_do_and_streams_agree():
     d = jnp.array([0.1, 0.2, -0.3, 0.0])
     first = spectra.critical_sharpness(quadratic, W, X, d)
@@ -50,6 +51,7 @@ def test_from_a_step_of_the_right_size_eight_evaluations_do_and_streams_agree():
     assert streamed.upper <= 1.051 * streamed.lower
 
 
+@pytest.mark.slow
 def test_relative_sharpness_is_that_of_one_task_along_the_update_of_another():
     """2 / s where the first loss is back at its value: dᵀH₁d / |g₁ · d| with d = -g₂, in float64."""
     x, y = (jnp.asarray(np.random.default_rng(i).standard_normal((6, 4)), jnp.float32) for i in (0, 1))
@@ -63,6 +65,7 @@ def test_relative_sharpness_is_that_of_one_task_along_the_update_of_another():
     np.testing.assert_allclose(quality.sharpness, wanted, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_readings_every_200_steps_take_one_hundredth_of_the_forward_passes():
     """Of a run whose curvature changes by a third between readings; a step of training is three passes."""
     counts, step = [], 1.0
@@ -74,6 +77,7 @@ def test_readings_every_200_steps_take_one_hundredth_of_the_forward_passes():
     assert np.mean(counts[1:]) <= 0.01 * 3 * 200
 
 
+@pytest.mark.slow
 def test_a_quartic_ends_where_it_is_back_at_its_value():
     # (1 - s)⁴ is back at 1 at s = 2: the curvature at the start, 12, would say 2 / s = 3.
     found = spectra.critical_sharpness(lambda w, _: jnp.sum(w**4), jnp.ones(1), None, -jnp.ones(1), tol=1e-4)
@@ -81,6 +85,7 @@ def test_a_quartic_ends_where_it_is_back_at_its_value():
     assert found.upper >= 0.9999
 
 
+@pytest.mark.slow
 def test_what_never_falls_or_never_rises_is_said():
     at_minimum = spectra.critical_sharpness(quadratic, 0 * W, X, W, max_evaluations=9)
     assert at_minimum.upper == float(at_minimum) == np.inf
@@ -123,6 +128,7 @@ def squared(w, batch):
     return jnp.mean((x @ w - y) ** 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slow_in_double", [False, True])
 def test_brackets_hold_where_a_good_fit_is_rounded_as_its_outputs_are(slow_in_double, monkeypatch):
     """Residuals of 1e-4 of outputs near 1 are known to 1e-3 of themselves, and so is the loss."""

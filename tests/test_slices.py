@@ -48,6 +48,7 @@ def test_the_gradient_and_a_direction_of_ones_own(streamed, x64, tmp_path):
     assert plane.plot().get_xlabel().startswith("along the gradient, curvature")
 
 
+@pytest.mark.slow
 def test_one_direction_is_a_curve(x64, tmp_path):
     op = RIDGE.operator()
     line = spectra.loss_slice(op, directions=[OTHER], num_points=7)

@@ -52,6 +52,7 @@ KINDS = (
 )
 
 
+@pytest.mark.slow
 @SHARP
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", slow_but(["auto", "minres"], "auto"))
@@ -265,6 +266,7 @@ def test_the_answer_follows_the_scale(scale):
     assert scaled.status is plain.status is Status.CONVERGED
 
 
+@pytest.mark.slow
 def test_several_right_hand_sides_in_every_form():
     op, entries, _ = system("indefinite", 3.0, 0, jnp.float32)
     columns = np.random.default_rng(0).standard_normal((N, 3)).astype(np.float32)
@@ -287,6 +289,7 @@ class TestOnALoss:
         flat = np.concatenate([[1.0], np.linspace(-1.0, 1.0, 5)])
         return np.linalg.solve(self.ridge.hessian() + shift * np.eye(6), flat)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("stops", "method"), [(None, "auto"), *slow_but([((4,), "auto"), ((4,), "minres")])]
     )
@@ -566,6 +569,7 @@ def test_no_more_products_than_allowed_watched_or_not(method, capsys):
         assert (watched.num_matvecs, watched.status) == (plain.num_matvecs, plain.status)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["minres", "dense"])
 def test_where_there_is_no_solution_the_distance_of_b_from_the_range_is_bounded(method):
     op = spectra.MatrixOperator(jnp.diag(jnp.array([0.0, *np.linspace(1.0, 2.0, 9)])))
@@ -609,6 +613,7 @@ def test_the_quadratic_form_is_bracketed_for_any_symmetric_operator_and_under_ji
     assert np.isinf(of(1.0)[::2]).all()  # nothing says how near to zero an eigenvalue is
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1e-20, 1e20])
 def test_the_quadratic_form_holds_where_its_type_has_no_such_numbers(scale):
     """In float32 bᵀx, 1e-40 or 1e40 times 3, was 0 ± 1e-46, or infinite."""

@@ -19,6 +19,7 @@ SHIFT = 0.01
 TRUTH = float(np.sum(np.log(DECAYING + SHIFT)))
 
 
+@pytest.mark.slow
 def test_steps_on_the_nodes_are_steps_of_the_run(x64):
     q = spectra.slq(spectra.MatrixOperator(np.diag(DECAYING)), key=KEY, num_steps=24, num_probes=1)
     short = spectra.slq(spectra.MatrixOperator(np.diag(DECAYING)), key=KEY, num_steps=9, num_probes=1)

@@ -197,6 +197,7 @@ def test_all_data_of_subsets_may_be_the_ones_that_have_not_converged():
     assert ("all data at least" in told) == wary
 
 
+@pytest.mark.slow
 def test_a_rank_of_which_the_probes_see_too_little_is_not_certain():
     """With these keys the shares of the largest eigenvalue end the interval below 1, which no rank is."""
     values = np.r_[np.linspace(-0.2, 0.2, 19), 1.0]

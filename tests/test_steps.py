@@ -230,6 +230,7 @@ def test_the_edge_of_any_optimizer_is_that_of_its_whole_update_map(optimizer):
         np.testing.assert_allclose(float(found), wanted, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_adam_is_at_the_edge_of_the_preconditioned_sharpness():
     optimizer = optax.adam(0.1)
     state = optimizer.init(W)

@@ -193,6 +193,7 @@ def test_what_is_not_known_in_float64_is_moved():
         assert doubled(spectra.HessianOperator(chained, W.astype(float), X.astype(float))) is None
 
 
+@pytest.mark.slow
 def test_rounding_of_a_gram_matrix_is_measured():
     gram = spectra.JacobianOperator(lambda w, x: jnp.tanh(x @ w), W, X).gram()
     v = jnp.ones((4, 4))
@@ -246,6 +247,7 @@ def test_what_a_function_subtracts_is_measured():
         assert pairs.noise_floor <= 2 * LARGE * EPS * np.sqrt(SIZE)  # each of its sums to half a rounding
 
 
+@pytest.mark.slow
 def test_numbers_before_they_were_rounded_are_drawn_by_their_digits():
     """In units of the last digit they are spread evenly from -1/2 to 1/2, and alike where numbers are."""
     x = np.random.default_rng(0).standard_normal(20_000).astype(np.float32)

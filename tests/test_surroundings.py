@@ -54,6 +54,7 @@ def flat(tree):
     return np.concatenate([np.ravel(x) for x in jax.tree.leaves(jax.device_get(tree))])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but(CALLS, *(CALLS.keys() - {"solve", "kpm"})))
 def test_jax_checks_the_code_of_its_user_and_not_that_of_the_package(name):
     op = hessian()
@@ -103,6 +104,7 @@ def test_keys_of_a_batch_are_those_of_every_product():
             np.testing.assert_array_equal(op @ jnp.ones(1), plain)
 
 
+@pytest.mark.slow
 def test_operators_are_made_under_checks_too():
     batches = halves(4, 4)
     for strict in STRICT.values():
@@ -121,6 +123,7 @@ def test_calls_from_threads_are_those_of_one_after_the_other():
         np.testing.assert_array_equal(one, another)
 
 
+@pytest.mark.slow
 def test_runs_in_threads_save_their_checkpoints(tmp_path, recwarn):
     """Orbax numbers the saves of a process: two at once waited for each other, and neither was written."""
     op = hessian()
@@ -135,6 +138,7 @@ def test_runs_in_threads_save_their_checkpoints(tmp_path, recwarn):
     assert not [x for x in recwarn if "no checkpoint" in str(x.message)]
 
 
+@pytest.mark.slow
 def test_a_tracker_shared_by_threads_records_each_step_once(tmp_path):
     path = tmp_path / "history.jsonl"
     tracker = spectra.SpectrumTracker(lambda params: hessian(params=params), every=1, num_steps=2, path=path)
@@ -148,6 +152,7 @@ def donating(tree):
     return jax.tree.map(lambda x: 0.5 * x, tree)
 
 
+@pytest.mark.slow
 def test_an_argument_that_was_donated_is_named():
     op, gone = hessian(), jax.tree.map(jnp.copy, PARAMS)
     tracker = spectra.SpectrumTracker(lambda params: hessian(params=params), every=1)
@@ -195,6 +200,7 @@ def test_a_later_batch_that_the_loss_cannot_take_is_named(second):
         hessian(lambda: iter([(X, Y), second]))
 
 
+@pytest.mark.slow
 def test_batches_whose_structure_the_loss_takes_may_differ():
     def masked(params, batch):
         x, y, mask = batch
@@ -204,6 +210,7 @@ def test_batches_whose_structure_the_loss_takes_may_differ():
     np.testing.assert_allclose(op.as_matrix(), hessian().as_matrix(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_source_that_begins_to_shuffle_batches_of_several_sizes_is_noticed():
     """Weights go by place: those of a shuffled pass would be wrong, and the result with them."""
     batches = halves(6, 2)

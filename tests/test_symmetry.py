@@ -107,6 +107,7 @@ def test_rounding_is_no_asymmetry(dtype):
     assert np.isfinite(spectra.trace(op, key=KEY, method="hutchinson", num_matvecs=6).value)
 
 
+@pytest.mark.slow
 def test_a_function_spends_one_product_on_a_vector_that_is_no_sign():
     """Signs alone take sin(v) for sin(1) v. The budget is kept: 8 products, 7 of them probes."""
     calls = []
@@ -182,6 +183,7 @@ def test_a_loose_tolerance_that_the_whole_budget_meets_is_met(monkeypatch):
         assert counts[-1] == products
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", slow_but(["hutchinson", "hutch++", "xtrace"], "xtrace"))
 def test_traces_are_asked_as_values_that_may_be_zero(method, monkeypatch):
     monkeypatch.setattr("spectra.estimators.run.LOOSEST", 1e-12)
@@ -210,6 +212,7 @@ def test_intervals_of_runs_that_stop_early_hold(x64):
     assert np.mean(widths) <= 1.2 * student.ppf(0.975, 20) * 0.1 * values.sum()
 
 
+@pytest.mark.slow
 def test_few_probes_of_signs_do_not_tell_entries_apart():
     """Two entries share their signs in all of four probes with probability 1/8: XDiag missed 12 % of a
     diagonal matrix's entries by any margin. So few products go to Hutchinson's method, exact there."""
@@ -230,6 +233,7 @@ def reversed_gradient(x):
 reversed_gradient.defvjp(lambda x: (x, None), lambda _, g: (-g,))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*custom_vjp")
 def test_a_derivative_written_by_hand_is_named_as_a_reason():
     def loss(params, x):

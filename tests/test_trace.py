@@ -191,6 +191,7 @@ def test_sketches_equal_a_naive_leave_one_out(method, name, x64):
     assert abs(plain.value - got.total.value) <= tol
 
 
+@pytest.mark.slow
 def test_hutchinson_equals_its_definition(x64):
     a = planted(DECAYS["polynomial"][:30])
     op = spectra.MatrixOperator(a)
@@ -518,6 +519,7 @@ def test_matrix_products_inside_jit_are_in_full_precision(name):
     assert all("HIGHEST" in product for product in products)
 
 
+@pytest.mark.slow
 def test_the_norm_names_the_tolerance_that_was_given():
     op = spectra.MatrixOperator(jnp.eye(3))
     with pytest.raises(spectra.SpectraError, match=r"tol=2\.0 is relative"):

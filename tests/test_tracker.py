@@ -112,6 +112,7 @@ def test_nothing_is_compiled_after_the_first_snapshot():
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
+@pytest.mark.slow
 def test_warm_starts_need_fewer_products_than_cold_ones():
     tracker = spectra.SpectrumTracker(factory, 1)
     train(tracker, 8)
@@ -160,6 +161,7 @@ def test_scalars_callbacks_and_time():
     assert all(s.seconds > 0 for s in history)
 
 
+@pytest.mark.slow
 def test_numbers_of_any_library_are_recorded_and_others_named():
     tracker = spectra.SpectrumTracker(
         factory, np.int64(2), num_steps=4, measures={"norm": [np.int32(2), lambda p: np.ones((1, 1))]}
@@ -243,6 +245,7 @@ class Clock:
         return 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [0.1, 0.5])
 def test_a_budget_bounds_the_share_of_training_time(budget, monkeypatch):
     clock = Clock()

@@ -110,6 +110,7 @@ def test_zeros_that_no_rounding_is_seen_in_are_not_noisy():
     assert spectra.condition_number(op, key=KEY).status.ok
 
 
+@pytest.mark.slow
 @LOSSES
 def test_errors_of_groups_and_entries_are_not_zero_either(loss):
     op = hessian(loss)

@@ -173,6 +173,7 @@ def test_a_number_of_the_name_sharpness_is_shown_as_it_was_recorded(recorded, tm
     plt.close("all")
 
 
+@pytest.mark.slow
 def test_a_browser_that_is_closed_before_its_answer_is_no_error(capsys):
     asked, closed = threading.Event(), threading.Event()
 

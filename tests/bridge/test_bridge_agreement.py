@@ -331,6 +331,7 @@ def test_nothing_moves():
     assert torch.equal(module.norm.weight.grad, torch.ones(4))
 
 
+@pytest.mark.slow
 def test_a_wrong_operator_is_noticed(monkeypatch):
     """The comparison is with what JAX computes, not with the exported program alone."""
     from spectra.bridge import interpreter

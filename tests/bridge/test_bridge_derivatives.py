@@ -133,6 +133,7 @@ def test_a_graph_keeps_the_choice_of_the_release_that_exported_it(release, slope
     np.testing.assert_array_equal(ours, slope)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [0.3, 0.7, 1.3])
 def test_celu_has_the_derivatives_of_its_formula(alpha, x64):
     """d/dx α(exp(x/α) - 1) = exp(x/α); PyTorch's own backward rounds 1/α to float32.

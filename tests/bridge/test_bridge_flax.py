@@ -150,6 +150,7 @@ def test_ambiguous_shapes_need_rename():
         bridge.to_flax(module.state_dict(), empty, rename={r"^\d\.": "Dense_0."})
 
 
+@pytest.mark.slow
 def test_transposed_convolution_of_equal_channels():
     module = nn.ConvTranspose1d(3, 3, 2, 2)
     model = linen.ConvTranspose(3, (2,), (2,), padding="VALID", name="up")

@@ -88,6 +88,7 @@ def test_cross_entropy_with_probabilities(shape):
     _check(ours, losses(torch.tensor(x), torch.tensor(q), F, torch.tensor))
 
 
+@pytest.mark.slow
 def test_class_axis_and_ignore_index():
     x, y = LOGITS["image"], TARGETS["image"]
     last = jnp.moveaxis(jnp.asarray(x), 1, -1)
@@ -252,6 +253,7 @@ def test_an_option_that_is_not_known_is_refused_wherever_it_is_set():
             bridge.make_loss(model, partial(F.mse_loss, **former))
 
 
+@pytest.mark.slow
 def test_several_outputs_need_a_choice():
     class Pair(nn.Module):
         def forward(self, x):

@@ -56,6 +56,7 @@ def test_vmap_over_probes_and_over_parameters(mlp):
     assert jax.jit(jax.vmap(_loss(mlp)))(vectors).shape == (2,)
 
 
+@pytest.mark.slow
 def test_apply_traces_once_a_shape(mlp):
     traces = []
 
@@ -108,6 +109,7 @@ def test_wrong_params(mlp):
         mlp.apply(mlp.params, jnp.ones((2, 4)), mask=1)
 
 
+@pytest.mark.slow
 def test_float64_parameters_on_a_float32_export(mlp):
     with jax.enable_x64(True):
         params = {k: jnp.asarray(v, jnp.float64) for k, v in mlp.params.items()}
@@ -242,6 +244,7 @@ class _Alone(nn.Module):
         return self.norm(x) if x.shape[0] > 1 else x
 
 
+@pytest.mark.slow
 def test_a_batch_of_one_that_is_another_function_is_announced():
     module, x = _Alone(), torch.randn(3, 2)
     with pytest.warns(
@@ -286,6 +289,7 @@ class _Random(nn.Module):
         return self.noise(x)
 
 
+@pytest.mark.slow
 def test_uncovered_operators_are_named():
     class Outer(nn.Module):
         def __init__(self):
@@ -316,6 +320,7 @@ def test_modules_that_cannot_be_traced():
         bridge.from_torch(nn.ReLU(), 3)
 
 
+@pytest.mark.slow
 def test_float64_needs_x64():
     module = nn.Linear(2, 2).double()
     with pytest.raises(BridgeError, match="x64"):

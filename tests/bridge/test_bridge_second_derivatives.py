@@ -111,6 +111,7 @@ class _Bessel(nn.Module):
         return torch.special.bessel_j0(x)
 
 
+@pytest.mark.slow
 def test_an_operator_that_is_refused_is_named_with_its_line():
     module = nn.Sequential(nn.Linear(4, 2), _Bessel())
     line = r"bessel_j0.* in module 1 \(.*test_bridge_second_derivatives.py, line \d+: return torch.special"
