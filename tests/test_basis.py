@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import SHARP, slow_but
+from cases import SHARP
 
 import spectra
 from spectra.base import draws
@@ -63,7 +63,7 @@ put = jax.jit(basis.put, donate_argnums=0, static_argnums=3)
 @pytest.mark.slow
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("filled", [0, 9, 33, 52])
-@pytest.mark.parametrize("at_once", slow_but([1, 2, 4], 4))
+@pytest.mark.parametrize("at_once", [1, 2, 4])
 def test_sweeps_over_several_segments(at_once, filled, packed, x64, monkeypatch):
     """As many segments at once as on a TPU, here; the sums are those of NumPy."""
     monkeypatch.setattr(basis, "AT_ONCE", {"cpu": (at_once, at_once)})

@@ -246,14 +246,7 @@ def quartic(params, _):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    slow_but(
-        OPERATORS,
-        *("matrix", "function", "one batch", "sum, multiple and shift", "preconditioned", "diagonal"),
-        *("low rank", "product", "kronecker product", "tangent kernel"),
-    ),
-)
+@pytest.mark.parametrize("name", OPERATORS)
 def test_the_block_of_everything_is_the_operator(name, x64):
     op, dense = OPERATORS[name]()
     limit = 32 * op.precision

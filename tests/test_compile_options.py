@@ -37,7 +37,7 @@ def options(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", slow_but(CALLS, "lanczos", "trace", "product"))
+@pytest.mark.parametrize("name", CALLS)
 def test_calls_with_options(options, name):
     call = CALLS[name]
     found = call(OP)

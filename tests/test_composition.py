@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import OPERATORS, Ridge, ridge_loss, slow_but
+from cases import OPERATORS, Ridge, ridge_loss
 
 import spectra
 
@@ -25,7 +25,7 @@ def close(got, want, precision, size=1.0):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", slow_but(COMPILED, "one batch, not linearised"))
+@pytest.mark.parametrize("name", COMPILED)
 def test_jit_vmap_and_eager_agree_for_every_operator(name, x64):
     op, dense = OPERATORS[name]()
     size, m = np.linalg.norm(dense, 2), 3
@@ -111,10 +111,10 @@ def test_adaptive_runs_inside_jit_are_refused():
     "options",
     [
         {},
-        pytest.param({"linearize": False}, marks=pytest.mark.slow),
-        pytest.param({"microbatch": 4}, marks=pytest.mark.slow),
-        pytest.param({"mode": "reverse-over-reverse"}, marks=pytest.mark.slow),
-        pytest.param("stream", marks=pytest.mark.slow),
+        {"linearize": False},
+        {"microbatch": 4},
+        {"mode": "reverse-over-reverse"},
+        "stream",
     ],
     ids=str,
 )

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import SHARP, relative_error, slow_but
+from cases import relative_error, slow_but
 from networks import LOSSES, OUTPUTS, TARGETS, N, Network, curvature, model_fn, sandwich, softmax
 
 import spectra
@@ -112,7 +112,7 @@ def test_a_loss_that_is_linear_at_these_outputs_has_one():
 
 
 @pytest.mark.slow
-@SHARP
+@pytest.mark.parametrize("dtype", ["float64", "float32"], indirect=True)
 @pytest.mark.parametrize("name", NAMES)
 def test_hessian_is_gauss_newton_plus_the_residual_term(name, dtype):
     net, data, _ = setup(name)

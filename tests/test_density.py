@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from cases import diagonal, runs_of, slow_but
+from cases import diagonal, runs_of
 from scipy.stats import norm
 
 import spectra
@@ -31,7 +31,7 @@ def exact_cdf(values, x):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", slow_but(SPECTRA, "semicircle", "bulk and outliers"))
+@pytest.mark.parametrize("name", SPECTRA)
 def test_density_integrates_to_one_without_renormalising(name):
     density = spectral_density(run(SPECTRA[name], 0))
     # Kernels are cut 6 widths out, where 2e-9 of their mass lies.
@@ -208,7 +208,7 @@ def test_steps_close_what_the_quadrature_leaves_open():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bandwidth", slow_but([1e-5, 1e-3, 0.3], 1e-5, 0.3))
+@pytest.mark.parametrize("bandwidth", [1e-5, 1e-3, 0.3])
 def test_a_grid_much_coarser_than_the_kernel_has_a_finite_band_that_holds(bandwidth):
     values, grid = SPECTRA["semicircle"], np.linspace(-3.0, 3.0, 13)
     misses = 0

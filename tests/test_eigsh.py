@@ -6,7 +6,7 @@ import numpy as np
 import pyamg
 import pytest
 import scipy.sparse as sparse
-from cases import SHARP, SPECTRA, N, planted, ridge_loss, slow_but
+from cases import SPECTRA, N, planted, ridge_loss, slow_but
 from scipy.sparse.linalg import LinearOperator, eigsh
 
 import spectra
@@ -227,7 +227,7 @@ def test_a_relative_gap_of_one_millionth(x64):
 
 
 @pytest.mark.slow
-@SHARP
+@pytest.mark.parametrize("dtype", ["float64", "float32"], indirect=True)
 def test_zero_small_and_whole(dtype):
     zero = spectra.eigsh(diagonal(np.zeros(ORDER), dtype), 4, key=KEY)
     np.testing.assert_array_equal(zero.values, 0)
@@ -352,7 +352,7 @@ SEPARATE = np.concatenate([[0.01, -0.02, 0.03], np.linspace(0.2, 1.0, 2497)])
 
 
 @pytest.mark.slow
-@SHARP
+@pytest.mark.parametrize("dtype", ["float64", "float32"], indirect=True)
 def test_smallest_of_a_large_singular_operator_are_null_directions(dtype):
     entries = jnp.asarray(SINGULAR, dtype)
     op = spectra.FunctionOperator(lambda v: entries * v, entries)

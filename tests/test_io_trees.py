@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import Ridge, slow_but
+from cases import Ridge
 from flax import nnx
 from test_pictures import plane
 
@@ -30,7 +30,7 @@ TREES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", slow_but(TREES, "block"))
+@pytest.mark.parametrize("name", TREES)
 def test_eigenpairs_come_back_with_their_tree(name, tmp_path):
     op = spectra.HessianOperator(quadratic, TREES[name], None)
     pairs = spectra.eigsh(op, 3, which="LA", key=jax.random.key(0))

@@ -3,7 +3,6 @@
 import jax
 import numpy as np
 import pytest
-from cases import slow_but
 from scipy.stats import binom, wasserstein_distance
 
 import spectra
@@ -152,7 +151,7 @@ def test_bands_limits_and_intervals_hold_at_their_rate(name, x64):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", slow_but([*SPECTRA], "repeated"))
+@pytest.mark.parametrize("name", [*SPECTRA])
 def test_the_density_holds_the_smoothed_spectrum(name, x64):
     values, grid, h = SPECTRA[name], np.linspace(-2.0, 6.0, 1601), 0.1
     density = spectra.spectral_density(run(values, jax.random.key(3)), bandwidth=h, grid=grid)

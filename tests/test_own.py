@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import all_but, slow_but
+from cases import all_but
 
 import spectra
 
@@ -297,7 +297,7 @@ TIMES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", slow_but(TIMES, "matrix", "columns"))
+@pytest.mark.parametrize("name", TIMES)
 def test_products_that_cannot_be_mapped_are_called_one_after_the_other(name):
     """A NotImplementedError of JAX came from most functions: "vmap is only supported for ..."."""
     call, expected = TIMES[name]

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from cases import all_but, slow_but
+from cases import slow_but
 from test_pictures import density, history, pairs, plane, quadrature
 from typer.testing import CliRunner
 
@@ -94,9 +94,7 @@ class Reader(html.parser.HTMLParser):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", all_but(RESULTS, "blocks", "spectrum", "quadrature", "history", "density", "condition")
-)
+@pytest.mark.parametrize("name", RESULTS)
 def test_a_page_is_well_formed_and_loads_nothing(name, tmp_path):
     text = spectra.write_report(RESULTS[name](), tmp_path / "page").read_text()
     page = Reader(text)

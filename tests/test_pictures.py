@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from cases import Ridge, all_but, slow_but
+from cases import Ridge, slow_but
 from matplotlib.legend import Legend
 
 import spectra
@@ -271,7 +271,7 @@ def test_a_picture_of_8_cm_is_legible(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", all_but(PICTURES, "mass", "loglog"))
+@pytest.mark.parametrize("name", PICTURES)
 def test_pictures_go_into_axes_that_are_given_and_leave_the_settings_alone(name):
     before = dict(plt.rcParams)
     _, (left, right) = plt.subplots(1, 2)
@@ -461,9 +461,9 @@ def spectrum_of(values, weights=None):
     "values",
     [
         [2.0],
-        pytest.param([2.0, 2.2], marks=pytest.mark.slow),
+        [2.0, 2.2],
         [-2.2, -2.0],
-        pytest.param([0.2, 0.5, 1.3], marks=pytest.mark.slow),
+        [0.2, 0.5, 1.3],
         [3e-20, 4e-20],
     ],
 )

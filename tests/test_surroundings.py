@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import slow_but
 
 import spectra
 from spectra import DataError, StructureError
@@ -55,7 +54,7 @@ def flat(tree):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", slow_but(CALLS, *(CALLS.keys() - {"solve", "kpm"})))
+@pytest.mark.parametrize("name", CALLS)
 def test_jax_checks_the_code_of_its_user_and_not_that_of_the_package(name):
     op = hessian()
     plain = flat(CALLS[name](op))
