@@ -5,8 +5,9 @@ import json
 
 import numpy as np
 import pytest
-from cases import slow_but
 from children import answer
+
+pytestmark = pytest.mark.slow
 
 PROGRAM = """
 import json, sys
@@ -136,8 +137,7 @@ LAYOUTS = {
 def cases(*layouts):
     """The layouts with the run of the program that has them."""
     runs = {layout: run for run, names in LAYOUTS.items() for layout in names if layout != "bfloat16"}
-    chosen = [(runs[name], name) for name in layouts or runs]
-    return slow_but(chosen, *(case for case in chosen if not case[0].endswith("slow")))
+    return [(runs[name], name) for name in layouts or runs]
 
 
 @functools.cache
@@ -154,7 +154,6 @@ def run(layouts):
     return result, float(np.finfo(np.float32).eps)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("layouts", "layout"), cases())
 def test_answers_do_not_depend_on_the_number_of_devices(layouts, layout):
     result, eps = run(layouts)

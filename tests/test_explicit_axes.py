@@ -5,17 +5,18 @@ import pathlib
 
 import numpy as np
 import pytest
-from cases import slow_but
 from children import answer
+
+pytestmark = pytest.mark.slow
 
 EPS = float(np.finfo(np.float32).eps)
 SUM = 2 * 32 * EPS
 """Two sums over 32 examples, each within 32 roundings of its terms, in orders of their own."""
 
 
-PARTS = pytest.mark.parametrize("part", slow_but(["often", "rarely"], "often"))
+PARTS = pytest.mark.parametrize("part", ["often", "rarely"])
 ALL = [("often", "fsdp"), ("rarely", "replicated"), ("rarely", "written")]
-LAYOUTS = pytest.mark.parametrize(("part", "layout"), slow_but(ALL, ALL[0]))
+LAYOUTS = pytest.mark.parametrize(("part", "layout"), ALL)
 
 
 @functools.cache
@@ -33,7 +34,6 @@ def assert_same(part, kind, layout, tolerances):
         np.testing.assert_allclose(many[name], expected, rtol=0, atol=error, err_msg=name)
 
 
-@pytest.mark.slow
 @LAYOUTS
 def test_arrays_are_those_of_one_device(part, layout):
     values, one = np.array(run(part)["eigenvalues"]), run(part)["arrays"]["one"]

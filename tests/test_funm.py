@@ -348,6 +348,7 @@ def test_the_same_inside_jit():
     np.testing.assert_allclose(inside, outside, rtol=0, atol=1e-5 * float(np.abs(outside).max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bounds", [5, (1.0,), (), ("a", "b"), (0.0, np.nan), (2.0, 1.0), [(0, 1), (2,)]])
 def test_bounds_that_are_no_intervals(bounds):
     with pytest.raises(spectra.SpectraError, match=r"bounds=.*: use \(a, b\) with a <= b"):

@@ -75,6 +75,7 @@ def test_tensorboard(held, tmp_path, package):
     assert b"density" in events.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 def test_mlflow(held, tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow", exc_type=ImportError)

@@ -136,6 +136,7 @@ def test_a_step_gathers_nothing_that_the_gradient_does_not(lowered, case):
     assert not any(ROWS in shape or 8 in shape[1:2] for shape in step)  # no row axis: never the basis
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_adds_two_reductions_and_two_for_a_second_pass(lowered, case):
     own = [s for s in moved(lowered[case]["step"], reductions=True) if s in ([], [ROWS + 1], [ROWS])]

@@ -75,6 +75,7 @@ def test_a_stream_and_one_batch_agree_at_every_scale():
         np.testing.assert_allclose(found.noise, size**2 * whole.noise, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1e-65, 1e65])
 def test_fourth_powers_of_gradients_may_be_anywhere_in_float64(size, x64):
     def of(scale):
@@ -88,6 +89,7 @@ def test_fourth_powers_of_gradients_may_be_anywhere_in_float64(size, x64):
         of(size**2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1e-30, 1e30])
 def test_squares_of_weights_may_leave_the_type_of_a_stream(size):
     def found(weights):

@@ -86,7 +86,6 @@ def made():
     return {type(result).__name__: result for result in results}
 
 
-@pytest.mark.slow
 def test_what_holds_several_results_prints_as_a_table(made):
     several = [result for result in made.values() if isinstance(result, Named)]
     assert several
@@ -98,7 +97,6 @@ def test_what_holds_several_results_prints_as_a_table(made):
         assert list(result.values()) == [result[name] for name in result]
 
 
-@pytest.mark.slow
 def test_arrays_have_the_axes_that_their_fields_state(made):
     """And the names of axes mean the same in all fields of a result."""
     scope = {"Array": np.ndarray, "Bool": jaxtyping.Bool, "Float": jaxtyping.Float, "Int": jaxtyping.Int}
