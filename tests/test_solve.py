@@ -454,8 +454,7 @@ class TestPreconditioners:
         with pytest.raises(spectra.SpectraError, match="damped by the shift"):
             spectra.solve(op, jnp.ones(24), preconditioner=kfac)
 
-    @pytest.mark.slow
-    @pytest.mark.parametrize("kind", ["type2", "mc"])
+    @pytest.mark.parametrize("kind", slow_but(["type2", "mc"], "type2"))
     def test_kronecker_factors_are_damped_by_their_error(self, kind):
         """Below it their eigenvalues are noise: the shift alone as damping takes more products.
 
