@@ -13,7 +13,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from itertools import chain
 from typing import Any, cast
-from unittest import mock
 
 import numpy as np
 import torch
@@ -161,6 +160,7 @@ def preserved(module: torch.nn.Module, train: bool) -> Iterator[None]:
     tensors = [t for t in held if not t.is_inference() and t.layout is torch.strided]
     values = [(t, t.detach().clone()) for t in tensors]
     numbers, python = np.random.get_state(), random.getstate()  # noqa: NPY002
+    checkpointed = torch.utils.checkpoint.CheckpointFunction
     devices = {t.device.index for t in tensors if t.device.type == "cuda"}
     with suppress(NotImplementedError):  # an exported program keeps the mode that it was exported in
         module.train(train)
@@ -170,9 +170,10 @@ def preserved(module: torch.nn.Module, train: bool) -> Iterator[None]:
             # constant, differs when the module is run beside it.
             np.random.seed(_FRESH.randrange(2**32))  # noqa: NPY002
             random.seed(_FRESH.random())
-            with mock.patch.object(torch.utils.checkpoint, "CheckpointFunction", _Checkpointed):
-                yield
+            torch.utils.checkpoint.CheckpointFunction = _Checkpointed  # type: ignore[misc]
+            yield
     finally:
+        torch.utils.checkpoint.CheckpointFunction = checkpointed  # type: ignore[misc]
         np.random.set_state(numbers)  # noqa: NPY002
         random.setstate(python)
         for holder, items in attributes:

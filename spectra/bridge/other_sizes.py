@@ -5,7 +5,7 @@
 sizes the other one is computed, and a size of one is never traced: there, both are run side by side.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,11 +16,10 @@ from spectra.bridge.agreement import varied
 
 Program = torch.export.ExportedProgram
 Sizes = dict[Any, int]  # of PyTorch's symbols
+Suspects = Callable[[list[Any], Sizes], Iterable[tuple[Sizes, str]]]  # of free sizes and the example's
 
 _MOST = 10_000
 """Sizes beyond this are not tried: the example would have to be made as large."""
-_EQUAL = 1e-3
-"""Of the largest element: both sides are the same operators in the same precision, which may be a half."""
 
 
 def other_branch(program: Program, module: torch.nn.Module, inputs: Any) -> str:
@@ -33,22 +32,24 @@ def other_branch(program: Program, module: torch.nn.Module, inputs: Any) -> str:
         module: in the mode that it was exported in.
         inputs: positional and keyword arguments, those of the export.
     """
-    return _first(program, module, inputs, _guarded(program, _example(program)))
+    return _first(program, module, inputs, _guarded)
 
 
 def other_at_one(program: Program, module: torch.nn.Module, inputs: Any) -> str:
     """As `other_branch`, where a free size is one: PyTorch traces for two and more, and asks no condition."""
-    return _first(program, module, inputs, ((sizes, "") for sizes in _changed(_example(program), [1])))
+    return _first(program, module, inputs, lambda _, example: ((s, "") for s in _changed(example, [1])))
 
 
-def _first(program: Program, module: torch.nn.Module, inputs: Any, suspects: Any) -> str:
-    """The first of some sizes at which module and graph differ, and the line of the condition."""
+def _first(program: Program, module: torch.nn.Module, inputs: Any, suspects: Suspects) -> str:
+    """The first of the suspected sizes at which module and graph differ, and the line of the condition."""
+    shapes = _shapes(program)
+    free: list[Any] = [size for shape in shapes for size in shape or () if isinstance(size, torch.SymInt)]
+    example = {size.node.expr: int(size.node.hint) for size in free if size.node.expr.is_symbol}
     inputs = torch_pytree.tree_map_only(torch.Tensor, varied, inputs)
-    example = _example(program)
     with preserved(module, module.training):
-        for sizes, place in suspects:
-            if _differs(program, module, inputs, sizes):
-                if _differs(program, module, inputs, example):
+        for sizes, place in suspects(free, example):
+            if _differs(program, module, _resized(inputs, shapes, sizes)):
+                if _differs(program, module, inputs):
                     break  # random numbers, or what the comparison of every export names
                 there, here = next((sizes[s], example[s]) for s in sizes if sizes[s] != example[s])
                 return f"it takes another branch where a size is {there}, not {here}{place}"
@@ -63,22 +64,10 @@ def _shapes(program: Program) -> list[Any]:
     return [v.shape if isinstance(v, torch.Tensor) else None for v in given]
 
 
-def _free(program: Program) -> Iterator[Any]:
-    """The free sizes of the inputs, as PyTorch has them."""
-    for shape in _shapes(program):
-        yield from (size for size in shape or () if isinstance(size, torch.SymInt))
-
-
-def _example(program: Program) -> Sizes:
-    """The size of each symbol that is one of an input's."""
-    return {size.node.expr: int(size.node.hint) for size in _free(program) if size.node.expr.is_symbol}
-
-
-def _guarded(program: Program, example: Sizes) -> Iterator[tuple[Sizes, str]]:
+def _guarded(free: list[Any], example: Sizes) -> Iterator[tuple[Sizes, str]]:
     """For each condition that the trace has met, sizes near at which it does not hold, and its line."""
-    guards = next((size.node.shape_env.guards for size in _free(program)), ())
     tried: list[Sizes] = []
-    for guard in guards:
+    for guard in free[0].node.shape_env.guards if free else ():
         numbers = {abs(int(number)) for number in guard.expr.atoms() if number.is_Integer}
         near = {n + step for n in [*numbers, *example.values()] for step in (-1, 0, 1)}
         for sizes in _changed(example, [n for n in sorted(near) if 1 < n <= _MOST]):
@@ -95,16 +84,21 @@ def _changed(example: Sizes, candidates: list[int]) -> Iterator[Sizes]:
         yield from (example | {symbol: n} for n in candidates)
 
 
-def _differs(program: Program, module: torch.nn.Module, inputs: Any, sizes: Sizes) -> bool:
-    """Whether the outputs differ at inputs of these sizes, which repeat those of the example."""
+def _resized(inputs: Any, shapes: list[Any], sizes: Sizes) -> Any:
+    """The inputs with these sizes in place of the free ones: cut, or repeated."""
     leaves, structure = torch_pytree.tree_flatten(inputs)
-    for i, shape in enumerate(_shapes(program)):
+    for i, shape in enumerate(shapes):
         for axis, size in enumerate(shape or ()):
             if isinstance(size, torch.SymInt):
                 count = int(size.node.expr.xreplace(sizes))
                 rows = torch.arange(count, device=leaves[i].device) % leaves[i].shape[axis]
                 leaves[i] = leaves[i].index_select(axis, rows)
-    args, kwargs = torch_pytree.tree_unflatten(leaves, structure)
+    return torch_pytree.tree_unflatten(leaves, structure)
+
+
+def _differs(program: Program, module: torch.nn.Module, inputs: Any) -> bool:
+    """Whether the outputs of module and graph differ; False where one of them has none."""
+    args, kwargs = inputs
     # Not the call of the graph's module, which asks first whether sizes are within those traced.
     graph = program.module(check_guards=False).forward
     try:
@@ -117,14 +111,20 @@ def _differs(program: Program, module: torch.nn.Module, inputs: Any, sizes: Size
 
 
 def _outputs(function: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
+    """The tensors that a function returns, with the same random numbers each time."""
     torch.manual_seed(0)
     outputs = torch_pytree.tree_leaves(function(*args, **kwargs))
     return [value for value in outputs if isinstance(value, torch.Tensor)]
 
 
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    if a.shape != b.shape:
+    """Whether two outputs agree in shape, in NaN, and in half of the digits of the largest element.
+
+    Both sides are the same operators in the same precision, in kernels that may round differently.
+    """
+    if a.shape != b.shape or a.dtype != b.dtype:
         return False
+    eps = torch.finfo(a.dtype).eps if a.is_floating_point() or a.is_complex() else 0.0
     a, b = (t.to(torch.complex128 if t.is_complex() else torch.float64) for t in (a, b))
     scale = float(a.nan_to_num(0, 0, 0).abs().max()) if a.numel() else 0.0
-    return torch.allclose(a, b, rtol=0, atol=_EQUAL * scale, equal_nan=True)
+    return torch.allclose(a, b, rtol=0, atol=eps**0.5 * scale, equal_nan=True)

@@ -28,7 +28,7 @@ cut from one matrix."""
 WORTH = 4e9
 """Bytes of saved values that all columns together may read for each program that is not compiled: two cores
 read so many in about the three seconds that one takes to compile. A column of the whole goes back to the
-first of its parameters, one of a block only to its own."""
+first of its parameters, one of a block only to its own; all that the whole reads is counted."""
 
 Unrounded = Callable[[np.ndarray], np.ndarray]  # a product with a flat vector, in float64
 

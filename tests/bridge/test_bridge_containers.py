@@ -82,7 +82,9 @@ def test_fields_in_a_file_are_identifiers(fields):
 
 
 @pytest.mark.slow
-def test_distributions_and_complex_numbers_inside(x64):
+def test_distributions_and_complex_numbers_inside(x64, monkeypatch):
+    monkeypatch.setattr(D.Distribution, "_validate_args", True)  # torch.compile has switched it off, if used
+
     class Inside(nn.Module):
         def __init__(self):
             super().__init__()
