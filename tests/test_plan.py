@@ -11,6 +11,7 @@ import pytest
 from children import environment
 
 import spectra
+from spectra.base import host
 
 OPTIONS = {"num_steps": 4, "num_probes": 1, "basis": "none"}
 
@@ -45,6 +46,52 @@ def test_the_process_and_the_compiler_count_on_a_cpu():
     elsewhere = dataclasses.replace(plan, process=None, available=plan.total)  # the compiler is on the host
     assert elsewhere.fits
     assert elsewhere.process_peak is None
+
+
+GIB = 2**30
+LIMITS = {
+    2: ("memory.max", "memory.current", "{}active_file"),
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_{}active_file"),
+}
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize(
+    ("path", "groups", "left"),
+    [
+        ("/", {"": (8, 3, 0)}, 5),  # a container's
+        ("/job/step", {"job": (8, 7, 2), "job/step": (None, 7, 2)}, 3),  # a job's, around that of its step
+        ("/job/step", {"job": (8, 7, 2), "job/step": (4, 4, 2)}, 2),  # pages of files are given back
+        ("/docker/of-the-machine", {"": (8, 6, 1)}, 3),  # a path that is not to be seen from inside
+        ("/job", {"job": (None, 6, 1)}, 16),  # no limit
+        ("/job", {"job": (2, 2, 0)}, 0),
+        ("/job", {}, 16),
+    ],
+)
+def test_memory_that_is_left_is_what_every_control_group_leaves(
+    tmp_path, monkeypatch, version, path, groups, left
+):
+    """Files as in Linux's Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst."""
+    monkeypatch.setattr(host, "PROC", tmp_path / "proc")
+    monkeypatch.setattr(host, "GROUPS", tmp_path / "groups")
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text(f"MemTotal: {GIB} kB\nMemAvailable: {16 * 2**20} kB\n")
+    own = {1: f"5:cpu,cpuacct:/elsewhere\n4:memory:{path}\n0::/\n", 2: f"0::{path}\n"}
+    (tmp_path / "proc/self/cgroup").write_text(own[version])
+    limit, used, page = LIMITS[version]
+    for name, (most, now, files) in groups.items():
+        folder = tmp_path / "groups" / ("memory" if version == 1 else "") / name
+        folder.mkdir(parents=True, exist_ok=True)
+        unlimited = {1: "9223372036854771712", 2: "max"}[version]
+        (folder / limit).write_text(unlimited if most is None else str(most * GIB))
+        (folder / used).write_text(f"{now * GIB}\n")
+        pages = {
+            "anon": (now - files) * GIB,
+            page.format(""): GIB * files // 4,
+            page.format("in"): GIB * files * 3 // 4,
+        }
+        (folder / "memory.stat").write_text("".join(f"{key} {value}\n" for key, value in pages.items()))
+    assert host.available_bytes() == left * GIB // jax.local_device_count("cpu")
 
 
 PROGRAM = """

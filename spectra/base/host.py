@@ -23,47 +23,63 @@ from spectra.base.errors import EndedEarlyError, PreemptedError
 if TYPE_CHECKING:
     from threadpoolctl import ThreadpoolController
 
+PROC, GROUPS = Path("/proc"), Path("/sys/fs/cgroup")  # of Linux
+
 
 def available_bytes(device: Any = None) -> int | None:
-    """Free bytes of a device, of the machine for a CPU device, None where neither can be asked."""
+    """Free bytes of a device; None where it cannot be asked.
+
+    Of a CPU, its share of MemAvailable, or of what a control group leaves where that is less.
+    """
     device = device or jax.local_devices()[0]
-    stats = device.memory_stats() if device.platform != "cpu" else None
-    if stats and "bytes_limit" in stats:
-        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
     if device.platform != "cpu":
-        return None
-    machine = _machine_bytes()  # which all CPU devices of this process share
-    return None if machine is None else machine // jax.local_device_count(device.platform)
-
-
-def _machine_bytes() -> int | None:
-    """MemAvailable of the machine, or what its control group leaves, whichever is less."""
-    free: list[int] = []
+        stats = device.memory_stats() or {}
+        return stats["bytes_limit"] - stats.get("bytes_in_use", 0) if "bytes_limit" in stats else None
     try:
-        with open("/proc/meminfo") as lines:
-            fields = dict(line.split(":", 1) for line in lines)
-        free.append(int(fields["MemAvailable"].split()[0]) * 1024)
+        fields = dict(line.split(":", 1) for line in (PROC / "meminfo").read_text().splitlines())
+        free = int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):
         try:
-            free.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         except (OSError, ValueError, AttributeError):
             return None
+    # All CPU devices of this process share it.
+    return max(0, min([free, *_left_in_groups()])) // jax.local_device_count(device.platform)
+
+
+def _left_in_groups() -> Generator[int]:
+    """What every control group that holds this process leaves: a container's, a job's of a cluster.
+
+    Pages of files count as used there, but the kernel takes them back on demand, as it does for MemAvailable.
+    """
     try:
-        with (
-            open("/sys/fs/cgroup/memory.max") as limit,
-            open("/sys/fs/cgroup/memory.current") as used,
-        ):
-            free.append(int(limit.read()) - int(used.read()))
-    except (OSError, ValueError):  # no control group, or no limit ("max")
-        pass
-    return max(0, min(free))
+        lines = (PROC / "self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":  # version 2, one hierarchy for all
+            root, limit, used, page = GROUPS, "memory.max", "memory.current", "{}active_file"
+        elif "memory" in controllers.split(","):  # version 1
+            root, limit, used = GROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            page = "total_{}active_file"
+        else:
+            continue
+        # In a container the root may be its own group, and the path one that only the machine outside knows.
+        group = root / path.lstrip("/")
+        for folder in (group, *group.parents):
+            with contextlib.suppress(OSError, ValueError, KeyError):  # no such group; no limit ("max")
+                left = int((folder / limit).read_text()) - int((folder / used).read_text())
+                pages = dict(each.split() for each in (folder / "memory.stat").read_text().splitlines())
+                yield left + sum(int(pages[page.format(kind)]) for kind in ("", "in"))
+            if folder == root:
+                break
 
 
 def resident_bytes() -> int | None:
     """What this process holds in memory; None where the system doesn't say."""
     try:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return int((PROC / "self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError):
         return None
 

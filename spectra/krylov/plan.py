@@ -56,7 +56,8 @@ def plan(
     holds now. Compiling the rest of the run, mostly the drawing of a probe, takes about 6 MiB per array of
     the parameters; `compiling` is an allowance for that. `process_peak` is the sum of the run, `process` and
     `compiling`, and `fits` includes the allowance. A checkpoint needs additional memory for Orbax and what it
-    writes, which is not counted.
+    writes, which is not counted. `available` respects the limits of a container and of a job of Slurm
+    (control groups of Linux), where memory that caches files counts as free.
 
     Args:
         op: the operator.

@@ -838,6 +838,20 @@ DENSITY = [
         "test_results.py",
     ),
     fault(
+        "pages of files count as used in a control group",
+        "base/host.py",
+        'yield left + sum(int(pages[page.format(kind)]) for kind in ("", "in"))',
+        "yield left",
+        "test_plan.py::test_memory_that_is_left_is_what_every_control_group_leaves",
+    ),
+    fault(
+        "only the innermost control group has a limit",
+        "base/host.py",
+        "for folder in (group, *group.parents):",
+        "for folder in (group,):",
+        "test_plan.py::test_memory_that_is_left_is_what_every_control_group_leaves",
+    ),
+    fault(
         "columns of a dense matrix fill all of the free memory",
         "operators/dense.py",
         "None if free is None else free // 2",
