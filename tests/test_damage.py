@@ -15,7 +15,7 @@ from test_pictures import density, history, pairs, plane, quadrature
 import spectra
 from spectra import Interval, Status, bridge
 from spectra.report.encode import CLASSES
-from spectra.report.fields import _RULES
+from spectra.report.fields import _RULES, checked
 
 ROOT = Path(spectra.__file__).parents[1]
 
@@ -142,6 +142,23 @@ def test_a_history_prints_whatever_numbers_it_holds(value, residual):
     snapshot = dataclasses.replace(snapshot, eigenvalues=np.array([value]), residuals=np.array([residual]))
     assert str(snapshot)
     assert str(spectra.SpectrumHistory([snapshot], {}))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("value", None, "value"),
+        ("stderr", {"a": 0.1}, "stderr"),
+        ("covariance", -np.eye(2), "a variance is negative"),
+    ],
+)
+def test_a_noise_scale_without_an_interval_is_refused(field, value, message):
+    noise = spectra.NoiseScale(
+        2.0, 0.1, 0, "jackknife", dof=9.0, noise=2.0, signal=1.0, covariance=np.eye(2), num_examples=10
+    )
+    assert str(checked(spectra.NoiseScale, vars(noise)))
+    with pytest.raises(ValueError, match=message):
+        checked(spectra.NoiseScale, vars(noise) | {field: value})
 
 
 def check(counts, count):

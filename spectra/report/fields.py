@@ -83,7 +83,8 @@ _RULES: dict[type, Mapping[str, Rule]] = {
     },
     Estimate: _ESTIMATE,
     NoiseScale: _ESTIMATE | {
-        **dict.fromkeys(("noise", "signal", "skewness"), _REAL), "covariance": _array("2 2"),
+        **dict.fromkeys(("value", "stderr", "noise", "signal", "skewness"), _REAL),
+        "covariance": _array("2 2"),
         "num_examples": _COUNT, "noise_dof": _or_none(_POSITIVE),
     },
     Interval: dict.fromkeys(Interval._fields, _curve_or_number),
@@ -250,7 +251,7 @@ _CLAIMS: dict[type, dict[str, Callable[[Any], bool]]] = {
     Moments: {"moments are missing": lambda m: m.moments.size > 0},
     Density: {"a density has points": lambda d: len(d.grid) > 0},
     Estimate: {"errors and bounds are of another form than the value": _same_form},
-    NoiseScale: {"errors and bounds are of another form than the value": _same_form},
+    NoiseScale: {"a variance is negative": lambda scale: not (np.diag(scale.covariance) < 0).any()},
     Interval: {"its ends are of other shapes": lambda i: len({np.shape(end) for end in i}) == 1},
     Eigenpairs: {"the vectors are not those of the operator": _whole},
     SingularTriplets: {"the vectors are not those of the Jacobian": _whole_sides},

@@ -26,7 +26,7 @@ def covered_by_functions() -> set[str]:
 def covered_by_second_derivatives() -> set[str]:
     """The operators kept whole since PyTorch's second derivatives of them are not those of their parts."""
     with jax.enable_x64(True):
-        module, one = second.AllFunctions(), torch.ones((), dtype=torch.float64)
+        module, one = second.Together(second.FUNCTIONS), torch.ones((), dtype=torch.float64)
         return set(bridge.from_torch(module, one).operators)
 
 
