@@ -226,6 +226,21 @@ def test_all_pairs_of_a_large_operator_span_everything(x64):
     np.testing.assert_allclose(result.overlap, 1.0, rtol=1e4 * np.finfo(float).eps)
 
 
+@pytest.mark.parametrize("probes", [16, 20])  # a sample of signs, and all columns
+def test_the_ratio_of_a_trace_that_cancels_holds_its_rounding(probes):
+    """Rounding is relative to |B|, of which the trace is some millionths, and the ratio multiplies it."""
+    rng, n = np.random.default_rng(0), 20
+    ones = Diagonal(jnp.ones(n, jnp.float32))
+    for _ in range(3):
+        half = rng.standard_normal(n // 2)
+        b = np.float32(np.r_[half, 1e-6 - half])  # a diagonal: all signs show the whole trace
+        seen = comparison._Seen(ones, Diagonal(jnp.asarray(b)), KEY, probes)
+        low, _, high = seen.ratios(0.95)[1]
+        assert low <= n / np.sum(b, dtype=np.float64) <= high
+    alike = comparison._Seen(*2 * [Diagonal(jnp.asarray(np.r_[half, -half], jnp.float32))], KEY, probes)
+    assert alike.ratios(0.95)[1][::2] == (-math.inf, math.inf)  # 0 / 0, for all that is known
+
+
 def test_a_layer_called_whole_does_not_replace_the_whole():
     half, none = spectra.results.Interval(0.5, 0.5, 0.5), spectra.results.Interval(0.0, 0.0, 0.0)
     values = np.ones((2, 1))
@@ -254,7 +269,7 @@ def test_one_operator_is_equal_to_itself(x64):
     rounding = 2 * np.finfo(float).eps
     share = len(B) ** 0.5 * np.linalg.norm(B) / B.sum()
     assert result.frobenius[:2] == (0.0, 0.0)
-    assert result.frobenius.upper <= rounding
+    assert result.frobenius.upper <= rounding * (1 + rounding)  # |B| is itself rounded
     assert result.trace.estimate == 1.0
     assert max(1 - result.trace.lower, result.trace.upper - 1) <= (share + 1) * rounding
     assert result.wasserstein.lower == result.wasserstein.estimate == 0.0

@@ -61,12 +61,11 @@ def compare_operators(
     Returns:
         `OperatorComparison`. The intervals of Frobenius norms and traces hold the ratios that the probes do
         not exclude, with errors from the products of all pairs of probes (see `spectra.estimators.ratios`);
-        few probes may leave one end open. That of the overlap is the bound of Davis and Kahan for both
-        eigenspaces from residuals and gaps, and is [0, 1] if a gap is not resolved; that of W₁ is the
-        integral over the distance between the bands of the two CDFs, within |tr (A - B)| / n and
-        |A - B|_F / sqrt(n), over the interval of the mean |λ| of B, and is wide if there are few probes or
-        steps. The eigenvalues of a Kronecker-factored operator are
-        known, and have no band.
+        few probes may leave one end open, and a trace of B within its rounding both. That of the overlap is
+        the bound of Davis and Kahan for both eigenspaces from residuals and gaps, and is [0, 1] if a gap is
+        not resolved; that of W₁ is the integral over the distance between the bands of the two CDFs, within
+        |tr (A - B)| / n and |A - B|_F / sqrt(n), over the interval of the mean |λ| of B, and is wide if there
+        are few probes or steps. The eigenvalues of a Kronecker-factored operator are known, and have no band.
 
     Raises:
         StructureError: the operators act on different vectors.
@@ -159,19 +158,21 @@ class _Seen:
         self.unit = float(unit)
         self.square, self.of_b, self.a, self.b, self.ones = np.asarray(forms, np.float64)
         self.precision = max(a.precision, b.precision)
-        # The products of A and of B are rounded relative to themselves: of |A| + |B| <= |A - B| + 2 |B|.
-        norms = [math.sqrt(np.trace(x) / (1 if self.exact else self.count)) for x in (self.square, self.of_b)]
-        self.rounding = float(max(relative_precision(a), relative_precision(b))) * (norms[0] + 2 * norms[1])
+        # The products of A and of B are rounded relative to themselves, and |A| <= |A - B| + |B|.
+        apart, self.norm = (
+            math.sqrt(np.trace(x) / (1 if self.exact else self.count)) for x in (self.square, self.of_b)
+        )
+        self.off = relative_precision(a) * (apart + self.norm), relative_precision(b) * self.norm
 
     def ratios(self, level: float) -> tuple[Interval, Interval]:
         """|A - B|_F / |B|_F and tr A / tr B."""
         root = [math.sqrt(x) for x in self._ratio(self.square, self.of_b, level, positive=True)]
         trace = self._ratio(self.a, self.b, level, positive=False)
-        times = 1 if self.exact else self.count
-        norm, total = math.sqrt(np.trace(self.of_b) / times), abs(float(np.trace(self.b))) / times
-        of_norm = self.rounding / norm if norm else 0.0
-        of_trace = math.sqrt(self.size) * self.rounding / total if total else 0.0
-        return _wider(Interval(*root), of_norm, 0.0), _wider(trace, of_trace, -math.inf)
+        total = abs(float(np.trace(self.b))) / (1 if self.exact else self.count)
+        of_a, of_b = (math.sqrt(self.size) * x for x in self.off)
+        return _wider(Interval(*root), sum(self.off), self.norm, self.off[1], 0.0), _wider(
+            trace, of_a, total, of_b, -math.inf
+        )
 
     def mean_distance(self, level: float) -> tuple[float, float]:
         """Bounds of the mean distance of the n eigenvalues of A from those of B, both in order.
@@ -182,7 +183,7 @@ class _Seen:
         square = self._ratio(self.square, self.ones, level, positive=True)
         mean = self._ratio(self.a - self.b, self.ones, level, positive=False)
         least = max(mean.lower, -mean.upper, 0.0)
-        lost = self.rounding / math.sqrt(self.size)
+        lost = sum(self.off) / math.sqrt(self.size)
         return self.unit * max(least - lost, 0.0), self.unit * (math.sqrt(square.upper) + lost)
 
     def _ratio(self, first: np.ndarray, second: np.ndarray, level: float, *, positive: bool) -> Interval:
@@ -191,11 +192,19 @@ class _Seen:
         return ratio(first, second, level, precision=self.precision, positive=positive)
 
 
-def _wider(interval: Interval, error: float, least: float) -> Interval:
-    """The interval with an error of rounding added to it."""
-    if not math.isfinite(error):
-        return interval
-    return Interval(max(interval.lower - error, least), interval.estimate, interval.upper + error)
+def _wider(interval: Interval, above: float, below: float, moved: float, least: float) -> Interval:
+    """The interval of a ratio, of which rounding moves the numerator by `above`, and `below` by `moved`.
+
+    (x + dx) / (y + dy) - x / y is (dx - r dy) / (y + dy), with r = x / y: a trace within its own rounding
+    says nothing of the ratio, not even its sign.
+    """
+    low, value, high = interval
+    if below <= moved:
+        return Interval(least, value, math.inf)
+    low, high = (
+        r + sign * (above + abs(r) * moved) / (below - moved) for r, sign in ((low, -1.0), (high, 1.0))
+    )
+    return Interval(max(low, least), value, high)
 
 
 @partial(programs.jit, static_argnames=("count", "exact", "where"))
