@@ -625,6 +625,16 @@ WRONG_TYPES = {
     "text for a grid": (lambda: density(grid="x"), "grid must be a 1-D"),
     "no operator to split": (lambda: spectra.class_split(None, **KEYED), "op is a NoneType"),
     "no operators": (lambda: spectra.data_variability(lambda x: x, [X, X], **KEYED), "MatrixOperator"),
+    "nothing of a function": (lambda: spectra.trace_of(SMALL, lambda x: None, **KEYED), "f makes None of"),
+    "no number for a shift": (
+        lambda: spectra.effective_dimension(SMALL, np.nan, **KEYED),
+        "shift=nan: use a finite number",
+    ),
+    "an infinite shift": (lambda: spectra.logdet(SMALL, np.inf, **KEYED), "shift=inf: use a finite number"),
+    "a metric that is not positive": (
+        lambda: spectra.eigsh(SMALL, 1, metric=jnp.zeros(30), **KEYED),
+        "the diagonal of '<root>' is not positive",
+    ),
     "words of a function": (lambda: spectra.funm(SMALL, lambda x: "a", jnp.ones(30)), "f makes an array"),
     "a few values of a function": (lambda: spectra.trace_of(SMALL, lambda x: x[:2], **KEYED), "f makes an"),
     "text for a flag": (

@@ -192,8 +192,8 @@ def test_what_cannot_be_taken_out_is_refused(tmp_path):
     for count in (0, -1, N - 11):
         with pytest.raises(spectra.SpectraError, match=f"deflate={count} is not between 1 and {N - STEPS}"):
             spectra.slq(op, key=key, num_steps=STEPS, deflate=count)
-    for place in ({"basis": "none"}, {"checkpoint": tmp_path / "c"}):
-        with pytest.raises(spectra.SpectraError, match="leave out basis= and checkpoint="):
+    for place in ({"basis": "none"}, {"basis_dtype": "bfloat16"}, {"checkpoint": tmp_path / "c"}):
+        with pytest.raises(spectra.SpectraError, match="leave out basis=, basis_dtype= and checkpoint="):
             spectra.slq(op, key=key, num_steps=STEPS, deflate=5, **place)
     for given in (True, False):
         with pytest.raises(spectra.SpectraError, match="deflate is of type bool"):

@@ -292,9 +292,9 @@ def test_the_diagonal_itself_can_be_passed(x64):
     expected = ridge.hessian() / np.sqrt(np.outer(p, p))
     for given in (jnp.asarray(p), {"b": jnp.asarray(1.0), "w": jnp.asarray(p[1:])}):
         assert relative_error(spectra.PreconditionedOperator(op, given).as_matrix(), expected) <= 1e-14
-    with pytest.raises(spectra.SpectraError, match="P of 'b' is not positive"):
+    with pytest.raises(spectra.SpectraError, match="the diagonal of 'b' is not positive"):
         spectra.PreconditionedOperator(op, {"b": np.array(1 + 1j), "w": p[1:]})
-    with pytest.raises(spectra.SpectraError, match="P of 'w' is not positive"):
+    with pytest.raises(spectra.SpectraError, match="the diagonal of 'w' is not positive"):
         spectra.PreconditionedOperator(op, {"b": jnp.asarray(1.0), "w": jnp.asarray(p[1:]) - 3})
 
 

@@ -84,10 +84,10 @@ class RealFunction:
                 "are numbers. Trace the operator, too, as an argument of the same function, or leave f out."
             )
         found = np.asarray(values)
-        if found.dtype.kind in "USmM" or found.shape not in ((), x.shape):
+        if values is None or found.dtype.kind in "USmM" or found.shape not in ((), x.shape):
+            made = "None" if values is None else f"an array of {found.dtype} of shape {found.shape}"
             raise SpectraError(
-                f"f makes an array of {found.dtype} of shape {found.shape} of {x.shape} eigenvalues: use a "
-                "function of one real number, applied to each."
+                f"f makes {made} of {x.shape} eigenvalues: use a function of one number, applied to each."
             )
         return found
 

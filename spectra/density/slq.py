@@ -253,7 +253,7 @@ def _space(
     """The Ritz vectors of so many steps from a random vector that is none of the probes."""
     if places != ("inherit", None, None):
         raise SpectraError(
-            "deflate=r stores r vectors like the parameters: leave out basis= and checkpoint=."
+            "deflate=r stores r vectors like the parameters: leave out basis=, basis_dtype= and checkpoint=."
         )
     if num_steps == op.size:
         raise SpectraError(

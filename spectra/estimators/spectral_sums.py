@@ -5,7 +5,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from spectra.base import trees
 from spectra.base.calls import automatic
+from spectra.base.errors import SpectraError
 from spectra.estimators.functions import Source, module_of, trace_of
 from spectra.results import Estimate
 
@@ -24,7 +26,7 @@ def logdet(source: Source, shift: float = 0.0, *, key: jax.Array | None = None, 
         `Estimate`; see `trace_of`.
 
     Raises:
-        SpectraError: H + δI has a Ritz value that is not positive.
+        SpectraError: H + δI has a Ritz value that is not positive; the shift is not finite.
 
     Examples:
         >>> import jax, jax.numpy as jnp, spectra
@@ -32,6 +34,7 @@ def logdet(source: Source, shift: float = 0.0, *, key: jax.Array | None = None, 
         >>> round(spectra.logdet(op, key=jax.random.key(0)).value, 4)
         -69.3147
     """
+    _require_finite(shift)
     return trace_of(source, lambda x: module_of(x).log(x + shift), key=key, one_signed=True, **options)
 
 
@@ -53,7 +56,7 @@ def effective_dimension(
         `Estimate`; see `trace_of`.
 
     Raises:
-        SpectraError: H + δI has a Ritz value that is not positive.
+        SpectraError: H + δI has a Ritz value that is not positive; the shift is not finite.
 
     References:
         MacKay, Bayesian interpolation, doi:10.1162/neco.1992.4.3.415.
@@ -66,8 +69,14 @@ def effective_dimension(
         >>> bool(lower < 61.1 < upper)
         True
     """
+    _require_finite(shift)
 
     def share(x: Any) -> Any:
         return module_of(x).where(x + shift > 0, x / (x + shift), np.nan)
 
     return trace_of(source, share, key=key, one_signed=True, **options)
+
+
+def _require_finite(shift: Any) -> None:
+    if not trees.is_traced(shift) and not np.isfinite(shift):
+        raise SpectraError(f"shift={shift}: use a finite number.")

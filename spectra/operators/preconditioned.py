@@ -180,7 +180,7 @@ def _diagonal(state: PyTree, op: LinearOperator) -> list[jax.Array] | None:
     for path, leaf in zip(leaf_paths(state), leaves, strict=True):
         # NumPy compares complex numbers by their real parts first.
         if jnp.iscomplexobj(leaf) or (not trees.is_traced(leaf) and not np.all(np.asarray(leaf) > 0)):
-            raise SpectraError(f"P of '{path}' is not positive everywhere, so it has no square root.")
+            raise SpectraError(f"the diagonal of '{path}' is not positive everywhere, so it has no root.")
     return matching(by_name(state), op, "diagonal")
 
 
