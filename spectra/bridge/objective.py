@@ -82,7 +82,8 @@ class Loss:
     def weight(self, batch: Any) -> jax.Array:
         """Return the divisor of the mean: weighting by it averages batches exactly.
 
-        For a loss inside the model, whose divisor is not known, this is the number of examples.
+        For a loss inside the model, whose divisor is not known, this is the number of examples. NaN where
+        `label_smoothing` meets a batch of which all classes have weight 0: PyTorch divides by zero there.
 
         Raises:
             BridgeError: the reduction is "sum", which is not a weighted mean over batches.
@@ -101,7 +102,10 @@ class Loss:
         if weights is None:
             return jnp.sum(keep).astype(float)
         picked = jnp.asarray(weights, float)[jnp.where(keep, targets, 0)]
-        return jnp.sum(jnp.where(keep, picked, 0))
+        total = jnp.sum(jnp.where(keep, picked, 0))
+        # Smoothing gives targets of weight 0 a loss; of these alone there is no mean that others could join.
+        lost = (total == 0) & jnp.any(keep) & (self.options.get("label_smoothing", 0) > 0)
+        return jnp.where(lost, jnp.nan, total)
 
     def _num_classes(self, targets: jax.Array) -> int:
         return targets.shape[0 if targets.ndim == 1 else self.options.get("class_axis", 1)]

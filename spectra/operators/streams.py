@@ -147,7 +147,10 @@ class Stream:
         used = [first[i] for i in chosen]
         weights = np.array(used, np.float64)
         if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.sum() > 0):
-            raise DataError(f"weight_fn gave weights {weights[:8]}...; they must be >= 0 and not all 0.")
+            raise DataError(
+                f"weight_fn gave weights {weights[:8]}...; they must be >= 0 and not all 0. Without it "
+                "they are those of the loss, loss_fn.weight."
+            )
         share = tuple(weights / weights.sum())
         own_digests, own_kinds = tuple(digests[i] for i in chosen), tuple(kinds[i] for i in chosen)
         return cls(source, share, indices, own_digests, own_kinds, tuple(marks[i] for i in chosen))

@@ -187,6 +187,18 @@ def test_weighted_batches_average_to_the_whole(name, options):
     _same(ours, function(module(x), y, **tensors).detach())
 
 
+def test_smoothed_targets_without_weight_are_not_lost():
+    """Their loss is no multiple of a weight of 0; without smoothing, or where they are ignored, it is 0."""
+    _, model = _classifier()
+    x = np.ones((2, 4), np.float32)
+    for smoothing, ignored, expected in ((0.1, 9, np.nan), (0.0, 9, 0), (0.1, 2, 0)):
+        loss = bridge.make_loss(
+            model, "cross_entropy", weight=[1.0, 1.0, 0.0], label_smoothing=smoothing, ignore_index=ignored
+        )
+        np.testing.assert_array_equal(loss.weight((x, np.array([2, 2]))), expected)
+        np.testing.assert_array_equal(loss.weight((x, np.array([2, 0]))), 1)
+
+
 @pytest.mark.slow
 def test_batches_as_mappings_and_outputs_by_name():
     class Two(nn.Module):
