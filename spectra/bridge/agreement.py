@@ -196,8 +196,12 @@ def _compare(model: TorchModel, point: _Point, trainable: list[str], cause: Any)
             excess, error = _excess(ours, value, other, eps, 0.0)
             if excess > 1:
                 excess, error = _excess(ours, value, other, eps, noise()[0].get(i, 0.0))
-            if excess > 1 or not np.array_equal(np.isfinite(ours), np.isfinite(value)):
-                raise BridgeError(_message("its output differs by", error, cause()))
+            alike = np.array_equal(np.isfinite(ours), np.isfinite(value))
+            if excess > 1 or not alike:
+                where = "" if alike else ", which is finite elsewhere than the module's,"
+                raise BridgeError(
+                    _message(f"its output{where} differs by", error if alike else np.inf, cause())
+                )
     if point.gradients is None:
         return
     gradients, noisy = pullback(cotangents), other_pullback(cotangents)

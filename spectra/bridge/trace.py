@@ -29,7 +29,8 @@ _NO_GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
 # transposed input becomes a batched product with a copied weight), the batch's freedom (recurrent
 # layers unroll over time), or exactness (attention's rows without any allowed key; the derivative of
 # the hard activations at their kinks, where a clamp in their place has another; what takes one of two forms,
-# where the derivative of the other is infinite; squares that are taken of |x|; roots of zero).
+# where the derivative of the other is infinite; squares that are taken of |x|; roots of zero; a negative
+# index, which is refused where the brackets in its place count from the end).
 _KEPT = (
     _ATEN.linear.default,
     _ATEN.matmul.default,
@@ -51,6 +52,7 @@ _KEPT = (
     _ATEN.linalg_vector_norm.default,
     _ATEN.std.correction,
     _ATEN.std_mean.correction,
+    _ATEN.index_add.default,
 )
 
 

@@ -12,6 +12,7 @@ import torch
 from cases import slow_but
 from operator_check import to_jax
 
+from spectra.bridge.operators.index import no_number
 from spectra.bridge.operators.registry import OPERATORS
 
 NAN = float("nan")
@@ -19,6 +20,7 @@ EQUAL = torch.tensor([[1.0, 2.0, 2.0, 0.0], [2.0, 2.0, 2.0, 2.0], [0.0, 1.0, 0.0
 MISSING = torch.tensor([[1.0, NAN, 2.0, 0.0], [2.0, 2.0, NAN, NAN], [0.0, 1.0, 0.0, 1.0]])
 SOURCE = torch.tensor([[2.0, 2.0, 5.0, 0.0], [1.0, 1.0, 1.0, 2.0], [1.0, 3.0, 1.0, 0.0]])
 WHERE = torch.tensor([1, 1, 0, 3])
+INFINITE = torch.full((3, 4), -float("inf"))
 LINE = torch.tensor([-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.7])
 GRID = torch.cartesian_prod(LINE, LINE, LINE).reshape(1, 7, 7, 7, 3)
 VOLUME = torch.arange(27.0).reshape(1, 1, 3, 3, 3).square()
@@ -27,7 +29,8 @@ VOLUME = torch.arange(27.0).reshape(1, 1, 3, 3, 3).square()
 TIES: dict[str, tuple[str, tuple, tuple]] = {
     "angle": ("angle.default", (EQUAL - 1,), ((),)),
     **{f"{n}, {x}": (f"{n}.default", (values,), ((),))
-       for n in ("median", "nanmedian") for x, values in (("equal", EQUAL), ("missing", MISSING))},
+       for n in ("median", "nanmedian")
+       for x, values in (("equal", EQUAL), ("missing", MISSING), ("infinite", INFINITE))},
     **{f"{n}, {x}": (n, (values,), ((1,),))
        for n in ("median.dim", "nanmedian.dim", "mode.default", "cummax.default", "cummin.default")
        for x, values in (("equal", EQUAL), ("missing", MISSING))},
@@ -35,6 +38,8 @@ TIES: dict[str, tuple[str, tuple, tuple]] = {
        for r in ("sum", "mean", "prod", "amax", "amin") for s in (True, False)},
     **{f"index {r}, {s}": ("index_reduce.default", (EQUAL, SOURCE), ((1, WHERE), (r, s)))
        for r in ("mean", "prod", "amax", "amin") for s in (True, False)},
+    "index amax, none": ("index_reduce.default", (INFINITE, SOURCE), ((1, WHERE), ("amax", True))),
+    "index amin, none": ("index_reduce.default", (-INFINITE, -INFINITE), ((1, WHERE), ("amin", True))),
     **{f"grid {m} {p} {a}": ("grid_sampler_3d.default", (VOLUME, GRID), ((), (m, p, a)))
        for m in (0, 1) for p in (0, 1, 2) for a in (True, False)},
 }  # fmt: skip
@@ -115,10 +120,53 @@ def test_scattered_product_of_zeros_has_every_derivative(x64):
         np.testing.assert_array_equal(hessian, [[0, z, y], [z, 0, x], [y, x, 0]])
 
 
+TWO = SOURCE[:2]
+# Operands with two indices in them, and whether a negative one counts from the end.
+INDEXED: list[tuple[str, Callable[[Any], tuple], bool]] = [
+    ("index.Tensor", lambda i: (EQUAL, [i]), True),
+    ("embedding.default", lambda i: (EQUAL, i), False),
+    ("index_select.default", lambda i: (EQUAL, 0, i), False),
+    ("gather.default", lambda i: (EQUAL, 0, i[:, None]), False),
+    ("one_hot.default", lambda i: (i, 3), False),
+    ("index_put.default", lambda i: (EQUAL, [i], TWO), True),
+    ("index_put.default", lambda i: (EQUAL, [i], TWO, True), True),
+    ("put.default", lambda i: (EQUAL[:, 0], i, TWO[0, :2]), True),
+    ("index_add.default", lambda i: (EQUAL, 0, i, TWO), False),
+    ("index_reduce.default", lambda i: (EQUAL, 0, i, TWO, "mean"), False),
+    ("scatter.src", lambda i: (EQUAL, 0, i[:, None], TWO), False),
+    ("scatter.value", lambda i: (EQUAL > 0, 0, i[:, None], False), False),
+    ("scatter_add.default", lambda i: (EQUAL.int(), 0, i[:, None], TWO.int()), False),
+    ("scatter_reduce.two", lambda i: (EQUAL, 0, i[:, None], TWO, "amax"), False),
+]
+
+
+@pytest.mark.filterwarnings("ignore:index_reduce:UserWarning")
+def test_an_index_that_pytorch_refuses_gives_no_number():
+    """NaN, the least integer or True: JAX would take it for another index, or write nothing there."""
+    places = torch.tensor([[0, -9], [0, -1], [0, 1], [0, 3]])
+
+    def results(index):
+        return [OPERATORS[f"aten.{name}"](*map(to_jax, operands(index))) for name, operands, _ in INDEXED]
+
+    ours = jax.jit(jax.vmap(results)).lower(to_jax(places)).compile(reference.FAST)(to_jax(places))
+    for (name, operands, wraps), found in zip(INDEXED, ours, strict=True):
+        packet, overload = name.split(".")
+        function = getattr(getattr(torch.ops.aten, packet), overload)
+        for index, values in zip(places, np.asarray(found), strict=True):
+            if index[1] == 1 or (index[1] == -1 and wraps):
+                np.testing.assert_array_equal(values, function(*operands(index)).numpy())
+                continue
+            with pytest.raises((IndexError, RuntimeError)):
+                function(*operands(index))
+            assert not np.isfinite(values[-1]).any() or (values[-1] == no_number(values.dtype)).all()
+
+
 def test_counts_that_do_not_fit_are_no_numbers():
     """A length that the values contradict: PyTorch would give another shape."""
     count = jax.jit(lambda x, w: OPERATORS["aten.bincount.default"](x, w, 3))
     np.testing.assert_array_equal(count(jnp.array([0, 2, 2]), jnp.ones(3)), [1, 0, 2])
+    few = OPERATORS["aten.masked_scatter.default"](jnp.zeros(3), jnp.ones(3, bool), jnp.ones(2))
+    np.testing.assert_array_equal(few, [1, 1, NAN])
     assert np.isnan(count(jnp.array([0, 2, 3]), jnp.ones(3))).all()
     whole = jax.jit(lambda x: OPERATORS["aten.bincount.default"](x, None, 3))
     assert (np.asarray(whole(jnp.array([0, 2, 3]))) < 0).all()

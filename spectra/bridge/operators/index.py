@@ -12,15 +12,45 @@ from spectra.bridge.operators.registry import aten
 from spectra.bridge.operators.shape import axis_of
 
 
-def read(array, key):
-    """Read by index; out of range gives NaN (PyTorch raises), which every operator refuses."""
-    return array.at[key].get(mode="fill")
+def read(array, key, wraps=False):
+    """Read by index; out of range gives NaN (PyTorch raises), which every operator refuses.
+
+    So does a negative index, but in brackets (`wraps`), where it counts from the end.
+    """
+    return array.at[key].get(mode="fill", wrap_negative_indices=wraps)
+
+
+def _written(result, key, wraps=False):
+    """What was written by index: a number nowhere if an index is one that `read` refuses."""
+    inside = jnp.asarray(True)
+    for k, size in zip(key, result.shape, strict=False):
+        if not isinstance(k, slice):
+            inside &= jnp.all((k >= (-size if wraps else 0)) & (k < size))
+    return jnp.where(inside, result, no_number(result.dtype))
+
+
+def no_number(dtype):
+    """As `read` fills."""
+    if jnp.issubdtype(dtype, jnp.inexact):
+        return jnp.nan
+    if dtype == jnp.bool_:
+        return True
+    return jnp.iinfo(dtype).min or jnp.iinfo(dtype).max  # the largest where there is no sign
+
+
+@jax.custom_jvp
+def derivative_of(x):
+    """Zero, with the derivative of x: x - stop_gradient(x) is not a number where x is infinite."""
+    return jnp.zeros_like(x)
+
+
+derivative_of.defjvps(lambda d, zero, x: d)
 
 
 @aten("index.Tensor", "_unsafe_index.Tensor")
 def index(self, indices):
     """NumPy's advanced indexing, None standing for a whole axis."""
-    return read(self, _index_tuple(indices))
+    return read(self, _index_tuple(indices), wraps=True)
 
 
 @aten("index_put.default", "_unsafe_index_put.default")
@@ -37,7 +67,7 @@ def index_put(self, indices, values, accumulate=False):
         mask = mask.reshape(mask.shape + (1,) * (self.ndim - masks[0] - mask.ndim))
         values = values.reshape(())
         return jnp.where(mask, self + values if accumulate else values, self)
-    return self.at[key].add(values) if accumulate else self.at[key].set(values)
+    return _written(self.at[key].add(values) if accumulate else self.at[key].set(values), key, wraps=True)
 
 
 def _index_tuple(indices):
@@ -53,7 +83,7 @@ def index_select(self, dim, index):
 @aten("index_add.default")
 def index_add(self, dim, index, source, alpha=1):
     key = (slice(None),) * axis_of(dim, self.ndim) + (index,)
-    return self.at[key].add(source if alpha == 1 else source * alpha)
+    return _written(self.at[key].add(source if alpha == 1 else source * alpha), key)
 
 
 @aten("embedding.default")
@@ -89,12 +119,14 @@ def _along(self, axis, index):
 def scatter(self, dim, index, src):
     if not self.ndim:
         return cast(src, self.dtype)
-    return self.at[_along(self, axis_of(dim, self.ndim), index)].set(_source(src, index, self))
+    key = _along(self, axis_of(dim, self.ndim), index)
+    return _written(self.at[key].set(_source(src, index, self)), key)
 
 
 @aten("scatter_add.default")
 def scatter_add(self, dim, index, src):
-    return self.at[_along(self, axis_of(dim, self.ndim), index)].add(_source(src, index, self))
+    key = _along(self, axis_of(dim, self.ndim), index)
+    return _written(self.at[key].add(_source(src, index, self)), key)
 
 
 def _source(src, index, self):
@@ -119,6 +151,10 @@ def index_reduce(self, dim, index, source, reduce, include_self=True):
 
 def _reduced(self, key, src, reduce, include_self):
     """Combine what is written to one place, with what stood there if `include_self`."""
+    return _written(_combined(self, key, src, reduce, include_self), key)
+
+
+def _combined(self, key, src, reduce, include_self):
     if reduce not in ("sum", "mean", "prod", "amax", "amin"):
         raise BridgeError(f"unknown reduction {reduce!r} of what is scattered")
     written = jnp.zeros(self.shape, bool).at[key].set(True)
@@ -149,8 +185,8 @@ def _extreme(self, key, src, kept, reduce):
     equal, theirs = fixed == best, new == best[key]
     # PyTorch counts an equal element of `self` also where it takes no part, and so do these derivatives.
     count = cast(equal, self.dtype).at[key].add(cast(theirs, self.dtype))
-    # The differences are 0: only their derivatives count, and the extreme stays exact.
-    change = jnp.where(kept & equal, self - fixed, 0).at[key].add(jnp.where(theirs, src - new, 0))
+    change = jnp.where(kept & equal, derivative_of(self), 0)
+    change = change.at[key].add(jnp.where(theirs, derivative_of(src), 0))
     return best + change / jnp.maximum(count, 1)
 
 
@@ -181,8 +217,9 @@ def _product(key, src, shape):
 
 @aten("put.default")
 def put(self, index, source, accumulate=False):
-    flat, values = self.reshape(-1).at[index.reshape(-1)], cast(source, self.dtype).reshape(-1)
-    return (flat.add(values) if accumulate else flat.set(values)).reshape(self.shape)
+    flat, key, values = self.reshape(-1), (index.reshape(-1),), cast(source, self.dtype).reshape(-1)
+    result = flat.at[key].add(values) if accumulate else flat.at[key].set(values)
+    return _written(result, key, wraps=True).reshape(self.shape)
 
 
 @aten("masked_fill.Scalar", "masked_fill.Tensor")
@@ -195,7 +232,7 @@ def masked_scatter(self, mask, source):
     """The k-th true position of the mask receives the k-th element of the source."""
     mask = jnp.broadcast_to(mask, self.shape)
     position = jnp.cumsum(mask.reshape(-1)) - 1
-    values = source.reshape(-1)[jnp.maximum(position, 0)].reshape(self.shape)
+    values = read(source.reshape(-1), jnp.maximum(position, 0)).reshape(self.shape)
     return jnp.where(mask, values, self)
 
 
@@ -203,4 +240,6 @@ def masked_scatter(self, mask, source):
 def one_hot(self, num_classes):
     if num_classes < 0:
         raise BridgeError("one_hot needs an explicit number of classes")
-    return jax.nn.one_hot(self, num_classes, dtype=canonical("int64"))
+    dtype = canonical("int64")
+    inside = (self >= 0) & (self < num_classes)
+    return jnp.where(inside[..., None], jax.nn.one_hot(self, num_classes, dtype=dtype), no_number(dtype))

@@ -11,6 +11,7 @@ from jax.core import Tracer
 
 from spectra.bridge.dtypes import canonical, cast, is_float, promote
 from spectra.bridge.errors import BridgeError
+from spectra.bridge.operators.index import derivative_of, no_number
 from spectra.bridge.operators.registry import aten
 from spectra.bridge.operators.shape import at, axis_of
 
@@ -96,8 +97,8 @@ def _shared(self, value):
     if not is_float(self):
         return value
     equal = (self == value) | (jnp.isnan(self) & jnp.isnan(value))
-    # The difference is 0: only its derivative counts, and the value stays exact.
-    return value + jnp.sum(jnp.where(equal, self - lax.stop_gradient(self), 0)) / jnp.sum(equal)
+    # Only a derivative is added: the value stays exact.
+    return value + jnp.sum(jnp.where(equal, derivative_of(self), 0)) / jnp.sum(equal)
 
 
 @aten("median.default")
@@ -247,12 +248,10 @@ def bincount(self, weights=None, minlength=0):
         raise BridgeError(f"bincount of {length} different values, at most {MAX_BINS}")
     if weights is None:
         weights = jnp.ones(self.shape, canonical("int64"))
-        poison = jnp.iinfo(weights.dtype).min
     else:
         weights = weights if is_float(weights) else cast(weights, canonical("float64"))
-        poison = jnp.nan
     counts = _counts(self, self >= 0, length, weights)
-    return jnp.where(jnp.any((self < 0) | (self >= length)), poison, counts)
+    return jnp.where(jnp.any((self < 0) | (self >= length)), no_number(weights.dtype), counts)
 
 
 @aten("repeat_interleave.Tensor")
