@@ -11,7 +11,7 @@ import spectra
 from spectra.base import host
 from spectra.operators.data import DataOperator
 from spectra.operators.doubled import DoubledOperator, doubled, rounded_once
-from spectra.operators.stochastic import StochasticOperator
+from spectra.operators.stochastic import StochasticOperator, rounded_at_random
 
 KEY = jax.random.key(0)
 EPS = float(jnp.finfo(jnp.float32).eps)
@@ -234,6 +234,22 @@ DENSE = np.tril(DENSE) + np.tril(DENSE, -1).T
 def subtracting(v):
     """D v, after numbers that are 10⁴ times as large."""
     return (jnp.matmul(DENSE, v, precision="highest") + LARGE * v) - LARGE * v
+
+
+@pytest.mark.parametrize("hidden", [-np.inf, float(np.finfo(np.float32).min)])
+def test_masks_have_no_neighbours(hidden):
+    """An infinite number that is moved is none, and the largest one becomes infinite, a row of them NaN.
+
+    Four roundings to a probability: a shift, an exponential, a sum, a quotient.
+    """
+
+    def probabilities(x):
+        return jax.nn.softmax(x + jnp.array([[0.0, 0.0, hidden], [0.0, hidden, hidden]]), axis=1)
+
+    x = jnp.array([[0.3, 0.7, 0.1], [0.2, 0.9, 0.4]])
+    moved = jax.jit(lambda salt: rounded_at_random(probabilities, salt, x)[0])
+    for salt in range(4):
+        np.testing.assert_allclose(moved(jnp.uint32(salt)), probabilities(x), rtol=8 * EPS)
 
 
 def test_what_a_function_subtracts_is_measured():

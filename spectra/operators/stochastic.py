@@ -184,7 +184,9 @@ def _neighbour(x: jax.Array, salt: jax.Array, spread: float = SPREAD) -> jax.Arr
     unsigned, signed = BITS[x.dtype.itemsize]
     mixed = (lax.bitcast_convert_type(x, unsigned) ^ salt.astype(unsigned)) * unsigned(ODD % 2**info.bits)
     share = lax.bitcast_convert_type(mixed, signed).astype(x.dtype)
-    return x + x * (share * jnp.asarray(spread * float(info.eps) / 2.0 ** (info.bits - 1), x.dtype))
+    moved = x + x * (share * jnp.asarray(spread * float(info.eps) / 2.0 ** (info.bits - 1), x.dtype))
+    # What is masked may be infinite or the largest number: the one would become NaN, the other infinite.
+    return jnp.where(jnp.isfinite(moved), moved, x)
 
 
 def largest_of_product(op: LinearOperator) -> float:
