@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import COARSE, relative_error
+from cases import COARSE, relative_error, slow_but
+from jax.experimental import pallas
 
 import spectra
 
@@ -102,6 +103,52 @@ def test_a_custom_vjp_that_gives_the_loss_itself_falls_back_too(dtype):
     assert relative_error(op.as_matrix(), expected) <= eps
     assert relative_error(op.mv_batch(jnp.eye(len(W))), expected) <= eps
     assert relative_error(op.prepare() @ jnp.eye(len(W)), expected) <= eps
+
+
+def sine_kernel(x, out):
+    out[...] = jnp.sin(x[...])
+
+
+def cosine_kernel(x, cotangent, out):
+    out[...] = jnp.cos(x[...]) * cotangent[...]
+
+
+def kernel_call(kernel, *args):
+    out = jax.ShapeDtypeStruct(args[0].shape, args[0].dtype)
+    return pallas.pallas_call(kernel, out_shape=out, interpret=True)(*args)
+
+
+@jax.custom_vjp
+def kernel_sin(x):
+    return kernel_call(sine_kernel, x)
+
+
+def _kernel_sin_forward(x):  # the kernel itself, not the function with the rule: see `recursive_sin`
+    return kernel_call(sine_kernel, x), x
+
+
+kernel_sin.defvjp(_kernel_sin_forward, lambda x, g: (kernel_call(cosine_kernel, x, g),))
+
+
+def squared_kernel_sin(x):
+    return kernel_sin(x) ** 2
+
+
+@pytest.mark.parametrize("linearize", slow_but([True, False, "auto"], "auto"))
+def test_a_kernel_that_has_products_but_no_linear_map(linearize):
+    """JAX has a rule for `jvp` of a Pallas kernel, and no `linearize`: nothing is saved.
+
+    The mean of sin²(xᵀw) has the Hessian mean of 2 cos(2 xᵀw) x xᵀ.
+    """
+    op = build(squared_kernel_sin, linearize=linearize)
+    assert op.mode == "forward-over-reverse"
+    expected = 2 * (X.T * np.cos(2 * X @ W)) @ X / len(X)
+    # 32 roundings of a product, as for any exact mode.
+    assert relative_error(op.as_matrix(), expected) <= 32 * float(jnp.finfo(jnp.float32).eps)
+    planned = spectra.plan(op, num_steps=3, num_probes=1)
+    assert op.prepare() is op
+    assert planned.linearization == 0
+    assert op.evaluated_bytes() >= X.shape[0] * 4  # the gradient holds at least x w
 
 
 def of_two_halves(w, x):

@@ -40,7 +40,7 @@ from spectra.operators.base import LinearOperator, product, product_batch
 from spectra.operators.batches import Shared, batch_size, rows, shared_leaves
 from spectra.operators.differences import Differences, measured
 from spectra.operators.differentiate import resolve_mode
-from spectra.operators.jaxprs import captured, rematerialises, scanned_inputs, traced
+from spectra.operators.jaxprs import bytes_of_values, captured, rematerialises, scanned_inputs, traced
 from spectra.operators.loss_rounding import Rounding, coarsest_rounding
 from spectra.operators.means import require_mean
 from spectra.operators.purity import require_function, traced_anew
@@ -371,7 +371,7 @@ class DataOperator(OnParameters, LinearOperator):
     def prepared_bytes(self) -> int:
         """Bytes of the saved values, from shapes alone; parameters and data are not counted twice."""
         saving = self.saving if self.linear is None else None
-        return 0 if saving is None else saving._saved_bytes
+        return (saving and saving._saved_bytes) or 0
 
     def recomputed_bytes(self) -> int | None:
         """Bytes of the tangents of saved values, of one microbatch: what `jax.vmap` holds for each vector."""
@@ -392,12 +392,22 @@ class DataOperator(OnParameters, LinearOperator):
             return 0
         piece, step = self.first_piece(), self.microbatch
         pieces = 1 if step is None else -(-batch_size(piece.data, self.shared) // step)
-        return piece._saved_bytes // pieces
+        saved = piece._saved_bytes
+        if saved is None:  # a product computes all of them anew, and drops some before others
+            return bytes_of_values(differentiate.gradient.trace(piece).jaxpr)
+        return saved // pieces
 
     @functools.cached_property
-    def _saved_bytes(self) -> int:
-        """Bytes of the values that the linear map saves and that are not the operator's own leaves."""
-        jaxpr = differentiate.linearize.trace(self).jaxpr.jaxpr
+    def _saved_bytes(self) -> int | None:
+        """Bytes of the values that the linear map saves and that are not the operator's own leaves.
+
+        None where JAX has products but no linear map, as of a Pallas kernel: it has a rule for `jvp` alone.
+        """
+        try:
+            jaxpr = differentiate.linearize.trace(self).jaxpr.jaxpr
+        except ValueError:
+            differentiate.require_product(self)  # else it says itself what is wrong
+            return None
         own = {id(var) for var in jaxpr.invars}
         saved: dict[int, Any] = {id(var): var.aval for var in jaxpr.outvars[1:] if id(var) not in own}
         return sum(aval.size * aval.dtype.itemsize for aval in saved.values())
@@ -418,8 +428,8 @@ class DataOperator(OnParameters, LinearOperator):
         if self.stream is not None or self.mode == "finite-difference" or not self.linearize:
             return None
         for op in (vars(self).get("_whole", self), self):
-            available = host.available_bytes() if self.linearize == "auto" else None
-            if available is None or op._saved_bytes <= LINEARIZE_SHARE * available:
+            saved, available = op._saved_bytes, host.available_bytes() if self.linearize == "auto" else None
+            if saved is not None and (available is None or saved <= LINEARIZE_SHARE * available):
                 return op
         return None
 

@@ -67,6 +67,12 @@ def rounding_of_sums(jaxpr: ClosedJaxpr) -> float:
     return unit * max((math.prod(getattr(aval, "shape", ())) for aval in _avals(jaxpr)), default=1) ** 0.5
 
 
+def bytes_of_values(jaxpr: ClosedJaxpr) -> int:
+    """Bytes of all arrays that a program computes, in a loop those of one pass."""
+    arrays = (aval for aval in _avals(jaxpr) if hasattr(aval, "shape"))
+    return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in arrays)
+
+
 def _avals(jaxpr: ClosedJaxpr) -> Iterator[Any]:
     return (var.aval for eqn in _equations(jaxpr.jaxpr) for var in eqn.outvars)
 
