@@ -205,3 +205,37 @@ def test_a_basis_in_bfloat16_takes_half_and_keeps_the_extremes():
     # Rows are off by 2^-9 each: what Gram-Schmidt leaves along them, squared, moves a Ritz value.
     nodes, other = np.array(one["nodes"]), np.array(half["nodes"])
     assert np.abs(other[:, [0, -1]] - nodes[:, [0, -1]]).max() <= 2.0**-18 * 12 * np.abs(nodes).max()
+
+
+APART = """
+import json
+import jax, jax.numpy as jnp, spectra
+
+here, there = jax.devices()
+x = jnp.ones((4, 3))
+op = spectra.HessianOperator(lambda p, x: jnp.mean((x @ p) ** 2), jax.device_put(x[0], here), x)
+apart = spectra.HessianOperator(op.loss_fn, op.params, jax.device_put(x, there), check_data=False)
+
+def message(call):
+    try:
+        call()
+    except spectra.StructureError as error:
+        return str(error)
+
+print(json.dumps([
+    message(apart.as_matrix),
+    message((op + 2 * spectra.HessianOperator(op.loss_fn, jax.device_put(x[0], there), x)).as_matrix),
+    message(lambda: spectra.solve(op.shift(1.0), jax.device_put(x[0], there))),
+]))
+"""
+
+
+def test_arrays_on_different_devices_are_named_with_what_to_do():
+    of_data, of_terms, of_vector = answer("-c", APART, devices=2)
+    assert all(
+        "device ids [0]" in text and "device ids [1]" in text for text in (of_data, of_terms, of_vector)
+    )
+    assert all("jax.device_put" in text for text in (of_data, of_terms, of_vector))
+    assert "op.params" in of_data
+    assert "op.data" in of_data
+    assert "terms[1]" in of_terms

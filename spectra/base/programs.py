@@ -10,6 +10,8 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
+from spectra.base.errors import StructureError
+
 Options = Mapping[str, Mapping[str, bool | int]]
 # Since jax 0.11 XLA has had no choice, and ends at a flag that it does not know.
 _CHOICE = ("xla_cpu_use_fusion_emitters",) if jax.__version_info__ < (0, 11) else ()
@@ -84,15 +86,31 @@ class Program:
         self.eval_shape: Callable[..., Any] = self._plain.eval_shape
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The result; compiles at the first call for these shapes."""
+        """The result; compiles at the first call for these shapes.
+
+        Raises:
+            StructureError: arrays are on devices that no one program runs on.
+        """
         leaves = jax.tree.leaves((args, kwargs))
         chosen = options(jax.default_backend(), self._options, len(leaves))
-        if not chosen or is_traced(leaves):  # JAX takes options for a whole program only
-            return self._plain(*args, **kwargs)
-        pairs = tuple(chosen.items())
-        if pairs not in self._with:
-            self._with[pairs] = self._jit(compiler_options=chosen)
-        return self._with[pairs](*args, **kwargs)
+        try:
+            if not chosen or is_traced(leaves):  # JAX takes options for a whole program only
+                return self._plain(*args, **kwargs)
+            pairs = tuple(chosen.items())
+            if pairs not in self._with:
+                self._with[pairs] = self._jit(compiler_options=chosen)
+            return self._with[pairs](*args, **kwargs)
+        except ValueError as error:
+            _, found, names = str(error).partition(
+                "Received incompatible devices for jitted computation. Got "
+            )
+            if not found:
+                raise
+            raise StructureError(
+                f"arrays that belong together are on different devices: {names.rstrip('.')}. Put them on the "
+                "same, by jax.device_put(tree, device), or on one mesh: jax.device_put(tree, "
+                "jax.NamedSharding(mesh, jax.P())) puts a copy on each of its devices."
+            ) from error
 
     def cache_size(self) -> int:
         """For how many arguments, by shape and type, it has been compiled, or was made part of a program."""
