@@ -199,6 +199,33 @@ def test_a_later_batch_that_the_loss_cannot_take_is_named(second):
         hessian(lambda: iter([(X, Y), second]))
 
 
+def of_eight(params, batch):
+    """`loss_fn`, written for batches of eight examples."""
+    return loss_fn(params, (batch[0], batch[1].reshape(8)))
+
+
+@pytest.mark.parametrize(
+    ("compute", "where"),
+    [
+        (
+            lambda: spectra.HessianOperator(of_eight, PARAMS, [(X, Y), (X[:5], Y[:5])]),
+            "Batch 1 of the stream",
+        ),
+        (lambda: spectra.population(eight(), key=KEY), "A part of [1-7] examples"),
+        (lambda: spectra.data_variability(eight(), key=KEY, num_subsets=2), "A part of 4 examples"),
+    ],
+    ids=["last batch", "population", "data_variability"],
+)
+def test_a_loss_written_for_one_number_of_examples_is_named_with_the_other(compute, where):
+    """What JAX said of shapes came from within the first product."""
+    with pytest.raises(StructureError, match=rf"raised TypeError in .*{where} was "):
+        compute()
+
+
+def eight():
+    return spectra.HessianOperator(of_eight, PARAMS, (X, Y))
+
+
 @pytest.mark.slow
 def test_batches_whose_structure_the_loss_takes_may_differ():
     def masked(params, batch):

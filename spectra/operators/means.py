@@ -22,7 +22,8 @@ from spectra.base.errors import DataError, warn_user
 from spectra.base.files import array_digest
 from spectra.base.trees import PyTree
 from spectra.operators import differentiate
-from spectra.operators.batches import batch_size, weigh
+from spectra.operators.arguments import require_call
+from spectra.operators.batches import batch_size, rows, weigh
 from spectra.operators.jaxprs import drawn_shapes, largest_epsilon, rounding_of_sums
 from spectra.operators.marks import unlike_pieces
 from spectra.operators.redraws import PLACES, Cut, can_redraw, comparisons, neighbours, places, redrawn, salts
@@ -61,12 +62,15 @@ def require_mean(op: "DataOperator", size: int | None = None) -> None:
 
     Raises:
         DataError: the loss is not a mean over examples.
+        StructureError: it takes no batch of `size` examples.
 
     Cost: about thirty evaluations of the loss on two pieces, 100 if it draws random numbers, once for the
     same structure and data.
     """
     if not trees.has_values((op.params, op.data)) or trees.is_traced(op):
         return
+    if size is not None:
+        require_call(_on(op, rows(op.data, 0, size, op.shared), op.params), f"A part of {size} examples")
     limit: Limit | None = None
     kinds: list[Any] = []
     for source in (places(op, size), neighbours(op)):

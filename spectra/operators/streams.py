@@ -186,12 +186,13 @@ class Stream:
 
     def unlike(self) -> dict[int, PyTree]:
         """Shapes of the batches that differ from the first in more than their number of examples, one of each
-        form, by their place."""
-        forms = {_form(self.kinds[0])}
+        form, and of one that differs in this alone, by their place."""
+        forms, resized = {_form(self.kinds[0])}, False
         found: dict[int, PyTree] = {}
         for place, (kind, weight) in enumerate(zip(self.kinds, self.weights, strict=True)):
-            if weight > 0 and _form(kind) not in forms:
-                forms.add(_form(kind))
+            other = _form(kind) not in forms
+            if weight > 0 and (other or (not resized and kind != self.kinds[0])):
+                forms, resized = forms | {_form(kind)}, resized or not other
                 found[place] = kind[0].unflatten([jax.ShapeDtypeStruct(*leaf) for leaf in kind[1]])
         return found
 
