@@ -499,6 +499,7 @@ def test_an_error_in_a_problem_is_shown_from_the_users_first_line_on(problem):
         ("def build(:\n    pass\n", "line 1: invalid syntax\n    def build(:"),
         ("def build():\n    pass\n", "build() in '{file}' returned None, not (module, example_inputs)."),
         ("def build():\n    return 1\n", "returned an int, not"),
+        ("\0", "'{file}': source code"),
     ],
 )
 def test_an_error_in_the_file_of_a_module_is_shown_from_the_users_first_line_on(text, words, tmp_path):
@@ -508,6 +509,20 @@ def test_an_error_in_the_file_of_a_module_is_shown_from_the_users_first_line_on(
     assert isinstance(done.exception, spectra.SpectraError)
     assert words.format(file=file) in str(done.exception)
     assert str(Path(spectra.__file__).parent) not in str(done.exception)
+
+
+def test_the_home_folder_is_found_where_the_shell_leaves_its_name(monkeypatch, tmp_path):
+    """As bash does in `--out=~/runs`: a folder called ~ was made, which asks to be removed by `rm -r ~`."""
+    given = ["run", "~/p.py", "--out=~/a=b", "-o", "~/c d", "--block=~x", "~", "a~/b", "--tol=1"]
+    meant = ["run", "{}/p.py", "--out={}/a=b", "-o", "{}/c d", "--block=~x", "~", "a~/b", "--tol=1"]
+    taken = []
+    monkeypatch.setattr(commands, "app", taken.append)
+    monkeypatch.setattr(sys, "argv", ["spectra", *given])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    monkeypatch.setattr("warnings.showwarning", warn)
+    commands.main()
+    assert taken == [[word.format(tmp_path) for word in meant]]
 
 
 def test_progress_in_a_log_is_lines(capsys, monkeypatch):

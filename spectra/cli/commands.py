@@ -6,6 +6,7 @@ completion wait neither for JAX nor for matplotlib.
 
 import io
 import os
+import re
 import signal
 import sys
 import warnings
@@ -241,7 +242,7 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     warnings.showwarning = warn
     try:
-        app()
+        app([_from_home(argument) for argument in sys.argv[1:]])
     except SystemExit as done:
         if isinstance(done.__context__, BrokenPipeError) and "jax" not in sys.modules:
             sys.exit(0)  # nothing was computed: of a help text the head was enough, as in `| head`
@@ -250,6 +251,12 @@ def main() -> None:
         raise
     except BaseException as error:
         end(error)
+
+
+def _from_home(argument: str) -> str:
+    """An argument whose `~/` the shell has left, as bash does in `--out=~/runs`: not a folder named ~."""
+    home = os.path.expanduser("~")
+    return re.sub(r"^((?:--?[\w-]+=)?)~/", lambda found: f"{found[1]}{home}/", argument)
 
 
 def _form(as_json: bool = False, as_csv: bool = False) -> str:

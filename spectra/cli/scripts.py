@@ -104,7 +104,8 @@ def call(file: Path, function: Callable[..., Any], *arguments: Any) -> Any:
         ) from error
     except SyntaxError as error:
         line = "" if error.text is None else f"\n    {error.text.strip()}"
-        raise SpectraError(f"'{error.filename}', line {error.lineno}: {error.msg}{line}") from error
+        place = f"'{file}'" if error.lineno is None else f"'{error.filename}', line {error.lineno}"
+        raise SpectraError(f"{place}: {error.msg}{line}") from error  # of null bytes Python says no place
     except (OSError, ImportError) as error:
         line, trace = None, error.__traceback__
         while trace is not None:
