@@ -189,6 +189,22 @@ def test_shapes_without_numbers_are_enough_to_plan_with_and_named_elsewhere():
         spectra.slq(op)
 
 
+@pytest.mark.slow
+def test_results_of_eval_shape_can_be_printed():
+    """A notebook shows what a cell returns: it was a TypeError, of `float` on a shape."""
+    op = hessian()
+    estimate = jax.eval_shape(lambda op: spectra.trace(op, key=KEY, num_matvecs=2), op)
+    quadrature = jax.eval_shape(lambda op: spectra.slq(op, key=KEY, num_steps=2, num_probes=1), op)
+    assert "2 products, traced" in repr(estimate)
+    assert "num_probes=1, num_steps=2" in repr(quadrature)
+    assert quadrature._repr_html_() is None
+    stacked = jax.eval_shape(
+        jax.vmap(lambda key: spectra.slq(op, key=key, num_steps=2, num_probes=1)), jax.random.split(KEY)
+    )
+    assert "several" in repr(stacked)
+    assert stacked._repr_html_() is None
+
+
 @pytest.mark.parametrize(
     "second",
     [{"x": X, "y": Y}, (X, Y, Y), (X[:, :2], Y), None],

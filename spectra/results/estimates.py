@@ -177,7 +177,7 @@ class Estimate(Result):
         tail = f"({self.method}, {self.num_matvecs} products" + (
             ")" if self.status is Status.COMPLETE else f", {self.status.code})"
         )
-        if isinstance(self.value, Tracer):
+        if isinstance(self.value, (Tracer, jax.ShapeDtypeStruct)):
             return f"Estimate {tail}"
         if isinstance(self.value, (int, float)) or getattr(self.value, "ndim", 1) == 0:
             return f"{measured(float(self.value), float(self.stderr))} {tail}"

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 from jax.core import Tracer
 from numpy.typing import ArrayLike
@@ -221,12 +222,14 @@ class Quadrature(Result):
         if np.ndim(self.nodes) > 2:
             return f"Quadrature(several of a vmap or scan, shape={self.nodes.shape}, size={self.size})"
         text = f"Quadrature(num_probes={self.num_probes}, num_steps={self.num_steps}, size={self.size}"
-        if isinstance(self.nodes, Tracer):
+        if isinstance(self.nodes, (Tracer, jax.ShapeDtypeStruct)):
             return f"{text}, {self.status.code})"
         low, high = self.range
         return f"{text}, range=({low:.6g}, {high:.6g}), {self.judged.code})"
 
-    def _repr_html_(self) -> str:
+    def _repr_html_(self) -> str | None:
+        if np.ndim(self.nodes) > 2 or not trees.has_values(self.nodes):  # a notebook takes the text for None
+            return None
         low, high = self.range
         rows = [
             ("parameters", f"{self.size:,}"),
