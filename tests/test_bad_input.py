@@ -106,13 +106,15 @@ def test_a_value_of_an_earlier_trace_is_none():
         kept.append(kept[-1] * p)
         return kept[-1]
 
-    message = r"reads a value that it has kept from an earlier call, .* \(test_bad_input.py:\d+\)"
-    with pytest.raises(StructureError, match=message):
+    message = "reads a value that it has kept from an earlier call"
+    with pytest.raises(StructureError, match=message) as raised:
         hessian(lambda p, _: jnp.sum(keeping(p)))
+    assert "test_bad_input.py" in str(raised.value)
     kept[:] = [jnp.ones(3)]
     jax.make_jaxpr(keeping)(jnp.ones(3))
-    with pytest.raises(StructureError, match=message):
+    with pytest.raises(StructureError, match=message) as raised:
         spectra.FunctionOperator(keeping, jnp.ones(3))
+    assert "test_bad_input.py" in str(raised.value)
 
 
 class OneUse:

@@ -14,6 +14,7 @@ from spectra.base.errors import warn_user
 from spectra.base.trees import PyTree
 from spectra.operators.base import LinearOperator
 from spectra.operators.doubled import in_double
+from spectra.operators.jaxprs import KEPT, WITHOUT_NUMBERS
 
 _STATE = ("batch_stats", "state")
 """What stands beside "params" in linen's variables, in those of `nnx_model`, and on the page about Haiku."""
@@ -43,6 +44,7 @@ _VALUES_READ = {
     "or weights of 0 and 1.",
     jax.errors.ConcretizationTypeError: "A number is read there (float(), int() or .item()) or gives a size, "
     "while JAX traces it: keep it an array.",
+    jax.errors.UnexpectedTracerError: f"It {KEPT}: {WITHOUT_NUMBERS}",
 }
 """By class, the most special one first."""
 _OLD_STATE = "Attempted to use old state"

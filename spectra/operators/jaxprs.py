@@ -34,6 +34,14 @@ _OTHERS = ("site-packages", "dist-packages", "<frozen", "/lib/python")
 _REMAT = ("checkpoint", "remat", "remat2")
 _RANDOM = ("random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform", "random_gamma")
 
+# Where JAX refuses a value of an earlier trace, when it is read or only when numbers are asked for, depends on
+# its version.
+KEPT = "reads a value that it has kept from an earlier call, where JAX traced it"
+WITHOUT_NUMBERS = (
+    "there are no numbers in it. Let it write nothing outside of itself; of a generator of keys "
+    "(hk.PRNGSequence, nnx.Rngs) take one outside, and close over that."
+)
+
 
 def refusing_operations(fn: Callable[[Any], Any], *args: PyTree) -> str:
     """Name the primitives in `fn` that may lack a derivative, with the functions they come from."""
@@ -183,10 +191,7 @@ def captured(jaxpr: Any) -> tuple[Any, ...]:
         except jax.errors.UnexpectedTracerError as error:
             places = (var for var, x in zip(jaxpr.jaxpr.constvars, constants, strict=True) if x is value)
             raise StructureError(
-                "the function reads a value that it has kept from an earlier call, where JAX traced it"
-                f"{_line_that_reads(jaxpr.jaxpr, next(places))}: there are no numbers in it. Let it write "
-                "nothing outside of itself; of a generator of keys (hk.PRNGSequence, nnx.Rngs) take one "
-                "outside, and close over that."
+                f"the function {KEPT}{_line_that_reads(jaxpr.jaxpr, next(places))}: {WITHOUT_NUMBERS}"
             ) from error
     return found
 
