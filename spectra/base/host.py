@@ -33,7 +33,7 @@ def available_bytes(device: Any = None) -> int | None:
     """
     device = device or jax.local_devices()[0]
     if device.platform != "cpu":
-        stats = device.memory_stats() or {}
+        stats: dict[str, int] = device.memory_stats() or {}
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0) if "bytes_limit" in stats else None
     try:
         fields = dict(line.split(":", 1) for line in (PROC / "meminfo").read_text().splitlines())

@@ -371,7 +371,7 @@ class DataOperator(OnParameters, LinearOperator):
     def prepared_bytes(self) -> int:
         """Bytes of the saved values, from shapes alone; parameters and data are not counted twice."""
         saving = self.saving if self.linear is None else None
-        return (saving and saving._saved_bytes) or 0
+        return 0 if saving is None or saving._saved_bytes is None else saving._saved_bytes
 
     def recomputed_bytes(self) -> int | None:
         """Bytes of the tangents of saved values, of one microbatch: what `jax.vmap` holds for each vector."""

@@ -34,8 +34,8 @@ _OTHERS = ("site-packages", "dist-packages", "<frozen", "/lib/python")
 _REMAT = ("checkpoint", "remat", "remat2")
 _RANDOM = ("random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform", "random_gamma")
 
-# Where JAX refuses a value of an earlier trace, when it is read or only when numbers are asked for, depends on
-# its version.
+# Whether JAX refuses a value of an earlier trace where it is read, or only once its numbers are asked for,
+# depends on its version.
 KEPT = "reads a value that it has kept from an earlier call, where JAX traced it"
 WITHOUT_NUMBERS = (
     "there are no numbers in it. Let it write nothing outside of itself; of a generator of keys "
