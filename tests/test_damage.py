@@ -161,6 +161,11 @@ def test_a_noise_scale_without_an_interval_is_refused(field, value, message):
         checked(spectra.NoiseScale, vars(noise) | {field: value})
 
 
+def test_an_estimate_has_an_error_for_each_of_its_numbers():
+    with pytest.raises(ValueError, match="another form than the value"):
+        checked(spectra.Estimate, vars(spectra.Estimate(1.0, 0.1, 9, "x")) | {"stderr": None})
+
+
 def check(counts, count):
     assert counts["wrong"] == []
     assert counts["ran"] == []

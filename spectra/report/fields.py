@@ -200,12 +200,9 @@ _RULES: dict[type, Mapping[str, Rule]] = {
 
 
 def _same_form(estimate: Estimate) -> bool:
-    forms = [
-        jax.tree.map(np.shape, part)
-        for part in (estimate.value, estimate.stderr, estimate.lower, estimate.upper)
-        if part is not None
-    ]
-    return all(form == forms[0] for form in forms)
+    bounds = (bound for bound in (estimate.lower, estimate.upper) if bound is not None)
+    form, *others = (jax.tree.map(np.shape, part) for part in (estimate.value, estimate.stderr, *bounds))
+    return all(other == form for other in others)
 
 
 def _whole(pairs: Eigenpairs) -> bool:
