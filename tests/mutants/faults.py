@@ -1296,6 +1296,13 @@ DENSITY = [
 
 ESTIMATORS = [
     fault(
+        "a ratio does not multiply the rounding of its denominator",
+        "estimators/comparison.py",
+        "(above + abs(r) * moved)",
+        "(above + moved)",
+        "test_comparison.py::test_the_ratio_of_a_trace_that_cancels_holds_its_rounding",
+    ),
+    fault(
         "a Nyström sketch is as fine as products are stated to be",
         "estimators/sketches.py",
         "self.precision = max(stated, exact.measured_precision(run))",
@@ -1635,6 +1642,13 @@ ESTIMATORS = [
 
 OPERATORS = [
     fault(
+        "a rounding moves infinite numbers, too",
+        "operators/stochastic.py",
+        "return jnp.where(jnp.isfinite(moved), moved, x)",
+        "return moved",
+        "test_stochastic.py::test_masks_have_no_neighbours",
+    ),
+    fault(
         "finite differences have the step of leaves that are all alike",
         "operators/differences.py",
         "best = int(np.argmin(errors))",
@@ -1854,6 +1868,27 @@ OPERATORS = [
 ]
 
 BRIDGE = [
+    fault(
+        "what is written by an index that PyTorch refuses is written elsewhere",
+        "bridge/operators/index.py",
+        "return jnp.where(inside, result, no_number(result.dtype))",
+        "return result",
+        "bridge/test_bridge_ties.py::test_an_index_that_pytorch_refuses_gives_no_number",
+    ),
+    fault(
+        "a negative index of an embedding counts from the end",
+        "bridge/operators/index.py",
+        "def read(array, key, wraps=False):",
+        "def read(array, key, wraps=True):",
+        "bridge/test_bridge_ties.py::test_an_index_that_pytorch_refuses_gives_no_number",
+    ),
+    fault(
+        "smoothed targets of no weight are lost",
+        "bridge/objective.py",
+        "return jnp.where(lost, jnp.nan, total)",
+        "return total",
+        "bridge/test_bridge_losses.py::test_smoothed_targets_without_weight_are_not_lost",
+    ),
     fault(
         "the branch that the example takes is taken at every size",
         "bridge/other_sizes.py",
