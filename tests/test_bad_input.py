@@ -109,12 +109,12 @@ def test_a_value_of_an_earlier_trace_is_none():
     message = "reads a value that it has kept from an earlier call"
     with pytest.raises(StructureError, match=message) as raised:
         hessian(lambda p, _: jnp.sum(keeping(p)))
-    assert "test_bad_input.py" in str(raised.value)
+    assert re.search(r"test_bad_input\.py(:|, line )\d+", str(raised.value))
     kept[:] = [jnp.ones(3)]
     jax.make_jaxpr(keeping)(jnp.ones(3))
     with pytest.raises(StructureError, match=message) as raised:
         spectra.FunctionOperator(keeping, jnp.ones(3))
-    assert "test_bad_input.py" in str(raised.value)
+    assert re.search(r"test_bad_input\.py(:|, line )\d+", str(raised.value))
 
 
 class OneUse:

@@ -269,7 +269,8 @@ def test_one_operator_is_equal_to_itself(x64):
     rounding = 2 * np.finfo(float).eps
     share = len(B) ** 0.5 * np.linalg.norm(B) / B.sum()
     assert result.frobenius[:2] == (0.0, 0.0)
-    assert result.frobenius.upper <= rounding * (1 + rounding)  # |B| is itself rounded
+    # 2 eps |B| over (1 - eps) |B|: the denominator is itself rounded.
+    assert rounding <= result.frobenius.upper <= rounding * (1 + rounding)
     assert result.trace.estimate == 1.0
     assert max(1 - result.trace.lower, result.trace.upper - 1) <= (share + 1) * rounding
     assert result.wasserstein.lower == result.wasserstein.estimate == 0.0

@@ -149,6 +149,7 @@ def test_a_history_prints_whatever_numbers_it_holds(value, residual):
     [
         ("value", None, "value"),
         ("stderr", {"a": 0.1}, "stderr"),
+        ("upper", np.ones(2), "another form than the value"),
         ("covariance", -np.eye(2), "a variance is negative"),
     ],
 )

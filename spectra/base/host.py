@@ -68,10 +68,11 @@ def _left_in_groups() -> Generator[int]:
         # In a container the root may be its own group, and the path one that only the machine outside knows.
         group = root / path.lstrip("/")
         for folder in (group, *group.parents):
-            with contextlib.suppress(OSError, ValueError, KeyError):  # no such group; no limit ("max")
+            with contextlib.suppress(OSError, ValueError):  # no such group; no limit ("max")
                 left = int((folder / limit).read_text()) - int((folder / used).read_text())
-                pages = dict(each.split() for each in (folder / "memory.stat").read_text().splitlines())
-                yield left + sum(int(pages[page.format(kind)]) for kind in ("", "in"))
+                stat = folder / "memory.stat"  # not in every sandbox
+                pages = dict(each.split() for each in stat.read_text().splitlines()) if stat.exists() else {}
+                yield left + sum(int(pages.get(page.format(kind), 0)) for kind in ("", "in"))
             if folder == root:
                 break
 

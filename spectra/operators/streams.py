@@ -185,14 +185,15 @@ class Stream:
         return weights if alone is None else [1.0], digests, kinds, marks
 
     def unlike(self) -> dict[int, PyTree]:
-        """Shapes of the batches that differ from the first in more than their number of examples, one of each
-        form, and of one that differs in this alone, by their place."""
-        forms, resized = {_form(self.kinds[0])}, False
+        """Shapes of the batches that differ from the first, by their place: one of each form, which is all
+        but the number of examples, and one that has another number in the first one's form."""
+        first = self.kinds[0]
+        seen = {(_form(first), True)}
         found: dict[int, PyTree] = {}
         for place, (kind, weight) in enumerate(zip(self.kinds, self.weights, strict=True)):
-            other = _form(kind) not in forms
-            if weight > 0 and (other or (not resized and kind != self.kinds[0])):
-                forms, resized = forms | {_form(kind)}, resized or not other
+            key = _form(kind), kind == first
+            if weight > 0 and key not in seen:
+                seen.add(key)
                 found[place] = kind[0].unflatten([jax.ShapeDtypeStruct(*leaf) for leaf in kind[1]])
         return found
 

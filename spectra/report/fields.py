@@ -240,15 +240,17 @@ def contradiction(result: Any) -> str | None:
     return None
 
 
-_CLAIMS: dict[type, dict[str, Callable[[Any], bool]]] = {
+_Claims = dict[str, Callable[[Any], bool]]
+_FORM: _Claims = {"errors and bounds are of another form than the value": _same_form}
+_CLAIMS: dict[type, _Claims] = {
     Quadrature: {
         "a quadrature has nodes": lambda q: q.nodes.size > 0 and bool(np.any(q.lengths)),
         "a length is more than the steps": lambda q: not (q.lengths > q.nodes.shape[-1]).any(),
     },
     Moments: {"moments are missing": lambda m: m.moments.size > 0},
     Density: {"a density has points": lambda d: len(d.grid) > 0},
-    Estimate: {"errors and bounds are of another form than the value": _same_form},
-    NoiseScale: {"a variance is negative": lambda scale: not (np.diag(scale.covariance) < 0).any()},
+    Estimate: _FORM,
+    NoiseScale: _FORM | {"a variance is negative": lambda s: not (np.diag(s.covariance) < 0).any()},
     Interval: {"its ends are of other shapes": lambda i: len({np.shape(end) for end in i}) == 1},
     Eigenpairs: {"the vectors are not those of the operator": _whole},
     SingularTriplets: {"the vectors are not those of the Jacobian": _whole_sides},

@@ -343,6 +343,12 @@ def test_a_wrong_operator_is_noticed(monkeypatch):
     with pytest.raises(BridgeError, match=r"gradient.*'first\.weight' differs by 100 %.*No cause was found"):
         bridge.from_torch(_Net(lambda h: h), torch.randn(3, 4))
     interpreter._programs.cache_clear()
+    monkeypatch.setitem(
+        OPERATORS, "aten.tanh.default", lambda x: jax.numpy.tanh(x).at[0, 0].set(jax.numpy.nan)
+    )
+    with pytest.raises(BridgeError, match="its output, which is finite elsewhere than the module's, differs"):
+        bridge.from_torch(_Net(lambda h: h), torch.randn(3, 4))
+    interpreter._programs.cache_clear()
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e25, 1e-25])

@@ -840,7 +840,7 @@ DENSITY = [
     fault(
         "pages of files count as used in a control group",
         "base/host.py",
-        'yield left + sum(int(pages[page.format(kind)]) for kind in ("", "in"))',
+        'yield left + sum(int(pages.get(page.format(kind), 0)) for kind in ("", "in"))',
         "yield left",
         "test_plan.py::test_memory_that_is_left_is_what_every_control_group_leaves",
     ),
